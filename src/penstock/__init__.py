@@ -1,0 +1,9 @@
+"""Penstock serves language models to many tenants and predicts what a change will do.
+
+Importing this package is cheap: torch, the HTTP server and the report libraries are
+imported where they are used.
+"""
+
+__version__ = "0.1.0"
+
+__all__ = ["__version__"]

@@ -1,0 +1,1 @@
+"""The command line. Thin: parses flags, calls a room, prints."""

@@ -1,0 +1,1 @@
+"""Nouns, units, errors, events, config and metric definitions. Imports nothing of ours."""

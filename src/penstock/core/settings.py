@@ -1,0 +1,96 @@
+"""The resolved settings the program runs on: frozen, complete, one dataclass a section.
+
+Every default of Penstock is here and nowhere else; `core/config.py` reads a file, the environment and flags
+into these, and `penstock config show` prints them. A field's metadata carries its help and its bounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from penstock.core.metrics import Slo
+
+
+def setting(default: Any, help: str, *, low: float | None = None, high: float | None = None) -> Any:
+    """A documented field; numbers outside [low, high] are refused with the field's name."""
+    metadata = {"help": help, "low": low, "high": high}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSettings:
+    """`[replica]`: one engine's size and place."""
+
+    count: int = setting(1, "replicas to start", low=1, high=1)
+    device: str = setting("auto", "`auto`, `cpu` or `cuda`")
+    dtype: str = setting("auto", "`auto`, `bfloat16`, `float16` or `float32`")
+    threads: int = setting(
+        0, "CPU threads of the engine; 0 takes all cores but leaves one for the gateway", low=0, high=1024
+    )
+    kv_memory: str = setting("auto", "KV pool size, for example `2GiB`; `auto` takes a share of what is free")
+    kv_block_tokens: int = setting(16, "tokens in a KV block", low=1, high=1024)
+    context_len: int = setting(0, "longest prompt + output served; 0 takes the model's", low=0, high=1 << 24)
+    running_max: int = setting(64, "sequences that may run at once", low=1, high=4096)
+    step_tokens: int = setting(512, "token budget of one step", low=1, high=1 << 20)
+    prefix_cache: bool = setting(True, "reuse KV of shared prefixes")
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySettings:
+    """`[policies]`: one name a slot; they override the preset."""
+
+    rank: str = setting("fcfs", "order of waiting and running work")
+    admit: str = setting("whole-prompt", "which of the ranked may start now")
+    compose: str = setting("sarathi", "tokens of each sequence in the next step")
+    preempt: str = setting("youngest-recompute", "victim and manner when KV runs out")
+    retain: str = setting("lru", "which unused KV to drop first")
+
+
+@dataclass(frozen=True, slots=True)
+class DeskSettings:
+    """`[desk]`: bounds of the queue at the door."""
+
+    queue_requests_max: int = setting(1024, "requests that may wait at the desk", low=0, high=1 << 20)
+    queue_tokens_max: int = setting(4_000_000, "prompt + output tokens that may wait", low=1)
+    queue_wait_s_max: float = setting(120.0, "refuse when the expected wait is longer, seconds", low=0.1)
+    tenant_requests_max: int = setting(0, "requests of one tenant inside at once; 0: no cap", low=0)
+    engine_ahead: int = setting(8, "requests handed to the engine beyond its running slots", low=0, high=4096)
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySettings:
+    """`[gateway]`: the HTTP server."""
+
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(8000, "port to listen on; 0 picks a free one", low=0, high=65535)
+    api_keys: tuple[str, ...] = setting(
+        tuple, "accepted bearer keys (`PENSTOCK_API_KEYS`, comma separated); none: open"
+    )
+    drain_timeout_s: float = setting(30.0, "how long running streams may finish after SIGTERM", low=0.0)
+    stall_s: float = setting(30.0, "without an engine heartbeat for so long, /health says stuck", low=0.1)
+    body_bytes_max: int = setting(8 << 20, "largest request body read", low=1024)
+    choices_max: int = setting(16, "largest `n`", low=1, high=128)
+    stream_buffer_tokens_max: int = setting(
+        16384, "tokens buffered for a client that does not read before its request is cancelled", low=16
+    )
+    keepalive_s: float = setting(15.0, "comment line on a silent stream every so often", low=0.1)
+    strict_fields: bool = setting(False, "answer 400 to unknown request fields")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything `serve` runs on."""
+
+    model: str = setting(
+        "smollm2-135m-instruct", "catalogue name, local folder, .gguf file, or hf:owner/name"
+    )
+    served_model_name: str = setting("", "name in the API; empty: the catalogue or file name")
+    preset: str = setting("", "a named policy stack, see `penstock policies`")
+    policies: PolicySettings = field(default_factory=PolicySettings)
+    replica: ReplicaSettings = field(default_factory=ReplicaSettings)
+    desk: DeskSettings = field(default_factory=DeskSettings)
+    gateway: GatewaySettings = field(default_factory=GatewaySettings)
+    slo: dict[str, Slo] = field(default_factory=dict)
