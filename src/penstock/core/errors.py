@@ -9,7 +9,11 @@
     │   ├── InvalidApiKey           missing or unknown key
     │   ├── ModelNotAllowed         the key may not use this model
     │   ├── ModelNotFound           no such model is served here
-    │   └── PayloadTooLarge         the body exceeds the limit
+    │   ├── PayloadTooLarge         the body exceeds the limit
+    │   ├── UnsupportedMediaType    the body is not declared as JSON
+    │   ├── RouteNotFound           no such path
+    │   ├── MethodNotAllowed        the path exists, the method does not
+    │   └── RequestTimeout          the body did not arrive in time
     ├── LimitError              the caller's own limit; later may work (429)
     │   ├── RateLimitExceeded
     │   └── ConcurrencyLimitExceeded
@@ -37,6 +41,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from penstock.core.reasons import ShedReason
+
 
 class PenstockError(Exception):
     """Root. `message` says what happened, `hint` what to do about it."""
@@ -53,12 +59,14 @@ class PenstockError(Exception):
         hint: str | None = None,
         param: str | None = None,
         retry_after_s: float | None = None,
+        reason: ShedReason | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
         self.param = param
         self.retry_after_s = retry_after_s
+        self.reason = reason  # why the desk refused, for the metrics
 
     def __str__(self) -> str:
         return f"{self.message}\n\nhint: {self.hint}" if self.hint else self.message
@@ -74,7 +82,7 @@ class RequestError(PenstockError):
 
     status = 400
     type = "invalid_request_error"
-    code = None
+    code: ClassVar[str | None] = None
 
 
 class InvalidRequest(RequestError):
@@ -126,6 +134,35 @@ class PayloadTooLarge(RequestError):
 
     status = 413
     code = "payload_too_large"
+
+
+class UnsupportedMediaType(RequestError):
+    """The body is declared as something else than JSON."""
+
+    status = 415
+    code = "unsupported_media_type"
+
+
+class RouteNotFound(RequestError):
+    """No such path."""
+
+    status = 404
+    code = "not_found"
+
+
+class MethodNotAllowed(RequestError):
+    """The path exists, but not for this method."""
+
+    status = 405
+    code = "method_not_allowed"
+
+
+class RequestTimeout(RequestError):
+    """The request body did not arrive in time; sending it again may work."""
+
+    status = 408
+    code = "request_timeout"
+    retryable = True
 
 
 class LimitError(PenstockError):

@@ -33,6 +33,7 @@ class PreemptReason(StrEnum):
 
 class CancelReason(StrEnum):
     CLIENT_DISCONNECT = "client_disconnect"
+    SLOW_CLIENT = "slow_client"  # it does not read what it asked for
     STOP_STRING = "stop_string"  # the gateway found the stop string: the answer is complete
     ADMIN = "admin"
     DEADLINE = "deadline"

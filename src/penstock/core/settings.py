@@ -72,6 +72,11 @@ class GatewaySettings:
     drain_timeout_s: float = setting(30.0, "how long running streams may finish after SIGTERM", low=0.0)
     stall_s: float = setting(30.0, "without an engine heartbeat for so long, /health says stuck", low=0.1)
     body_bytes_max: int = setting(8 << 20, "largest request body read", low=1024)
+    bodies_bytes_max: int = setting(256 << 20, "request bodies held in memory at once", low=1024)
+    body_timeout_s: float = setting(30.0, "how long a request body may take to arrive", low=0.1)
+    header_bytes_max: int = setting(64 << 10, "largest request line and headers", low=1024)
+    header_timeout_s: float = setting(30.0, "how long request headers may take to arrive", low=0.1)
+    write_stall_s: float = setting(60.0, "close a connection whose client reads nothing for so long", low=0.1)
     choices_max: int = setting(16, "largest `n`", low=1, high=128)
     stream_buffer_tokens_max: int = setting(
         16384, "tokens buffered for a client that does not read before its request is cancelled", low=16
