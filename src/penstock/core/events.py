@@ -38,7 +38,7 @@ class Admitted:
 
 @dataclass(slots=True)
 class TokenOut:
-    """One output token."""
+    """One output token. A stop token (EOS) is not told, only counted by `Finished`."""
 
     request_id: str
     at_s: float
@@ -49,7 +49,7 @@ class TokenOut:
 
 @dataclass(slots=True)
 class Preempted:
-    """A running request gave its KV back; `tokens_lost` must be computed again."""
+    """A running request gave its KV back; `tokens_lost` of KV must be computed again, or found as prefix."""
 
     request_id: str
     at_s: float

@@ -96,7 +96,7 @@ class Goodput:
 
 
 def goodput(outcomes: Iterable[RequestOutcome], slos: dict[str, Slo], span_s: float) -> Goodput:
-    """Count the requests whose class has an SLO, and those that met it. Requests of other classes are left out."""
+    """Count the requests whose class has an SLO, and those that met it. Other classes are left out."""
     requests = attained = 0
     for outcome in outcomes:
         slo = slos.get(outcome.slo_class)
@@ -116,7 +116,7 @@ TPOT_EDGES_S = (
     0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
 )  # fmt: skip
 LATENCY_EDGES_S = (
-    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
-    1920.0, 7680.0,
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0,
+    960.0, 1920.0, 7680.0,
 )  # fmt: skip
 TOKEN_EDGES = tuple(float(step * 10**power) for power in range(6) for step in (1, 2, 5))

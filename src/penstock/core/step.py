@@ -41,7 +41,7 @@ class SequenceStart:
 
 @dataclass(slots=True)
 class StepItem:
-    """`count` tokens of one sequence, from position `start`; `emits` when the last of them is sampled from."""
+    """`count` tokens of one sequence, from position `start`; `emits` when the last one is sampled from."""
 
     seq_id: int
     start: int

@@ -1,0 +1,27 @@
+"""Admit a request when its whole prompt fits."""
+
+from __future__ import annotations
+
+from penstock.core.reasons import WaitReason
+from penstock.core.units import ceil_div
+from penstock.policies.admit import ADMIT, Admission
+from penstock.policies.view import Candidate, ReplicaView
+
+
+@ADMIT.register("whole-prompt", source="vLLM BlockSpaceManager; Sarathi-Serve (OSDI 2024), scheduler step 4")
+class WholePrompt:
+    """Reserve the whole prompt up front, above a watermark, so that a started prompt is never stuck half way.
+
+    The watermark (1 % of the blocks, vLLM's default) leaves room for the running decodes to grow; it does
+    not apply when nothing runs. Output to come is not counted: decodes may have to preempt. O(1).
+    """
+
+    watermark_frac = 0.01
+
+    def decide(self, candidate: Candidate, view: ReplicaView, now_s: float) -> Admission:
+        sequence = candidate.sequence
+        needed = ceil_div(sequence.total_len, view.block_tokens) - candidate.blocks_cached
+        watermark = int(self.watermark_frac * view.block_count) if view.running else 0
+        if needed + candidate.blocks_revived > view.blocks_available - watermark:
+            return Admission(reason=WaitReason.KV_CAPACITY)
+        return Admission(reserve_len=sequence.total_len)

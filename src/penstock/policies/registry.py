@@ -1,0 +1,68 @@
+"""Named parts of one slot. Registering a name twice is a bug; asking for an unknown one is a user's typo."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from penstock.core.errors import ConfigError
+
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry(Generic[Part]):
+    """One policy as `penstock policies` lists it."""
+
+    name: str
+    summary: str
+    source: str
+    make: Callable[[], Part]
+
+
+class Registry(Generic[Part]):
+    """The policies that may fill `slot`."""
+
+    def __init__(self, slot: str) -> None:
+        self.slot = slot
+        self._entries: dict[str, Entry[Part]] = {}
+
+    def register(self, name: str, *, source: str) -> Callable[[type[Part]], type[Part]]:
+        """Class decorator. The class's first docstring line becomes its summary."""
+
+        def add(policy: type[Part]) -> type[Part]:
+            if name in self._entries:
+                raise ValueError(f"policy `{name}` is already registered in slot `{self.slot}`")
+            summary = (policy.__doc__ or "").strip().split("\n", 1)[0]
+            assert summary, f"policy `{name}` needs a docstring"
+            self._entries[name] = Entry(name, summary, source, policy)
+            return policy
+
+        return add
+
+    def make(self, name: str) -> Part:
+        """A fresh policy. Raises ConfigError with the nearest names."""
+        entry = self._entries.get(name)
+        if entry is None:
+            raise ConfigError(
+                f"`{name}` is not a policy of slot `{self.slot}`",
+                hint=f"{nearest(name, self.names())}. Run `penstock policies` for the list.",
+                param=f"policies.{self.slot}",
+            )
+        return entry.make()
+
+    def names(self) -> list[str]:
+        return sorted(self._entries)
+
+    def entries(self) -> list[Entry[Part]]:
+        return [self._entries[name] for name in self.names()]
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """`Did you mean ...?`, or the whole list where nothing is near."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if close:
+        return "Did you mean " + " or ".join(f"`{item}`" for item in close) + "?"
+    return "Known: " + ", ".join(f"`{item}`" for item in known)

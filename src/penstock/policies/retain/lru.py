@@ -1,0 +1,31 @@
+"""Drop what was unused longest."""
+
+from __future__ import annotations
+
+from penstock.core.request import Request
+from penstock.policies.retain import RETAIN
+
+
+@RETAIN.register("lru", source="vLLM v1 KV cache manager (free-block queue)")
+class Lru:
+    """Least recently used first. A sequence parks its last blocks first, so shared beginnings stay longest.
+
+    O(1) an event; a dict keeps insertion order.
+    """
+
+    def __init__(self) -> None:
+        self._parked: dict[int, None] = {}
+
+    def parked(self, block: int, request: Request, now_s: float) -> None:
+        self._parked[block] = None
+
+    def revived(self, block: int) -> None:
+        del self._parked[block]
+
+    def victim(self, now_s: float) -> int:
+        block = next(iter(self._parked))
+        del self._parked[block]
+        return block
+
+    def __len__(self) -> int:
+        return len(self._parked)

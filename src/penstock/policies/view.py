@@ -1,0 +1,66 @@
+"""The windows through which policies look at a replica. Read-only, O(1) to hand over, never a copy."""
+
+from __future__ import annotations
+
+import collections.abc
+from dataclasses import dataclass
+from typing import Protocol
+
+from penstock.core.request import Request
+
+
+class SequenceView(Protocol):
+    """One sequence. Lengths are tokens."""
+
+    @property
+    def request(self) -> Request: ...
+    @property
+    def arrival_index(self) -> int:
+        """Counts submissions to this replica; breaks ties, and never changes."""
+
+    @property
+    def submitted_s(self) -> float: ...
+    @property
+    def total_len(self) -> int:
+        """Prompt and output so far."""
+
+    @property
+    def computed_len(self) -> int:
+        """Of these, how many have KV."""
+
+    @property
+    def output_len(self) -> int: ...
+    @property
+    def is_decoding(self) -> bool:
+        """Has output, and exactly one token without KV."""
+
+
+class ReplicaView(Protocol):
+    """One replica between two steps. `running` is in rank order."""
+
+    @property
+    def running(self) -> collections.abc.Sequence[SequenceView]: ...
+    @property
+    def decoding_count(self) -> int: ...
+    @property
+    def blocks_available(self) -> int:
+        """Free blocks plus cached blocks that nobody uses."""
+
+    @property
+    def block_count(self) -> int: ...
+    @property
+    def block_tokens(self) -> int: ...
+    @property
+    def step_tokens_max(self) -> int: ...
+    @property
+    def running_max(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """The head of the waiting queue, with what the prefix index holds for it."""
+
+    sequence: SequenceView
+    cached_len: int  # tokens found in the prefix index
+    blocks_cached: int  # blocks of those
+    blocks_revived: int  # of these, how many count as available now and will not once they are taken

@@ -1,0 +1,495 @@
+"""The step loop of one replica: rank, admit, compose a step, account KV, and turn results into events.
+
+    submit / cancel ─► plan(now) ─► executor.execute(plan) ─► complete(plan, result, now) ─► events
+
+Pure: no clock, no I/O, no torch. The engine process and the twin drive the same object; given the same
+calls it makes the same plans.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+from penstock.core.errors import ContextLengthExceeded, RequestExceedsCapacity
+from penstock.core.events import Admitted, Finished, Preempted, ReplicaEvent, TokenOut
+from penstock.core.reasons import CancelReason, FinishReason, MissReason, PreemptReason, WaitReason
+from penstock.core.request import Request
+from penstock.core.step import SequenceStart, StepItem, StepPlan, StepResult
+from penstock.core.units import ceil_div
+from penstock.policies.compose import Share
+from penstock.policies.rank import RankKey
+from penstock.policies.stack import Stack
+from penstock.policies.view import Candidate
+from penstock.replica.kv_pool import KVPool
+from penstock.replica.messages import ReplicaStats
+from penstock.replica.sequence import Phase, Sequence
+from penstock.replica.waiting import WaitingQueue
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaLimits:
+    """The sizes a replica decides within."""
+
+    kv_blocks: int
+    kv_block_tokens: int
+    running_max: int
+    step_tokens_max: int
+    context_len_max: int
+    prefix_cache: bool = True
+    repeat: bool = True  # let a decode plan stand; results are the same without
+
+
+def check_feasible(request: Request, limits: ReplicaLimits) -> None:
+    """Refuse what could never run, however empty the replica. Raises a RequestError."""
+    length = request.prompt_len + request.max_output_tokens
+    if length > limits.context_len_max:
+        raise ContextLengthExceeded(
+            f"The request needs {length} tokens ({request.prompt_len} of prompt and "
+            f"{request.max_output_tokens} of output); this model's context is {limits.context_len_max}.",
+            hint="Shorten the prompt or lower `max_tokens`.",
+        )
+    blocks = ceil_div(request.total_len_max, limits.kv_block_tokens)
+    if blocks > limits.kv_blocks:
+        raise RequestExceedsCapacity(
+            f"The request needs KV for {request.total_len_max} tokens; this replica holds "
+            f"{limits.kv_blocks * limits.kv_block_tokens} in all.",
+            hint="Shorten the prompt, lower `max_tokens`, or serve with a larger `replica.kv_memory`.",
+        )
+
+
+class Replica:
+    """Decides every step of one replica. It is itself the `ReplicaView` that its policies read."""
+
+    def __init__(self, limits: ReplicaLimits, stack: Stack) -> None:
+        self.limits = limits
+        self._stack = stack
+        self._pool = KVPool(limits.kv_blocks, limits.kv_block_tokens, stack.retain)
+        self._waiting = WaitingQueue(stack.rank)
+        self._running: list[Sequence] = []
+        self._rank_version: int | None = None
+        self._running_by_id: dict[int, Sequence] = {}
+        self._by_request: dict[str, Sequence] = {}
+        self._sequences_seen = 0
+        self._steps_planned = 0
+        self._outstanding: StepPlan | None = None
+        self._starts: dict[int, SequenceStart] = {}
+        self._ends: list[int] = []
+        self._events: list[ReplicaEvent] = []  # of the plan being made; delivered by its completion
+        self._standing_steps = 0  # how many more steps the last plan may stand
+        self._standing: StepPlan | None = None
+        self._decoding_count = 0
+        self._head_reason: WaitReason | None = None
+        self._stats = ReplicaStats(
+            prefix_miss_tokens_total={reason.value: 0 for reason in MissReason},
+            preempted_tokens_total={reason.value: 0 for reason in PreemptReason},
+        )
+
+    # ---- the window policies look through -------------------------------------------------------------
+
+    @property
+    def running(self) -> SequenceOf[Sequence]:
+        return self._running
+
+    @property
+    def decoding_count(self) -> int:
+        return self._decoding_count
+
+    @property
+    def blocks_available(self) -> int:
+        return self._pool.available
+
+    @property
+    def block_count(self) -> int:
+        return self.limits.kv_blocks
+
+    @property
+    def block_tokens(self) -> int:
+        return self.limits.kv_block_tokens
+
+    @property
+    def step_tokens_max(self) -> int:
+        return self.limits.step_tokens_max
+
+    @property
+    def running_max(self) -> int:
+        return self.limits.running_max
+
+    # ---- what the host calls --------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._by_request)
+
+    def submit(self, request: Request, now_s: float) -> None:
+        """Queue a request. Raises RequestError if it could never run; ids are unique."""
+        assert request.id not in self._by_request, f"request id {request.id} is in use"
+        check_feasible(request, self.limits)
+        sequence = Sequence(self._sequences_seen, request, now_s)
+        self._sequences_seen += 1
+        self._by_request[request.id] = sequence
+        self._waiting.add(sequence, now_s)
+        self._standing = None
+
+    def cancel(self, request_id: str, reason: CancelReason, now_s: float) -> Finished | None:
+        """End a request, queued or running; None if it is not here (any more). Its KV may stay as prefix."""
+        sequence = self._by_request.get(request_id)
+        if sequence is None:
+            return None
+        if not sequence.running:
+            self._waiting.remove(sequence)
+        finish = FinishReason.STOP if reason is CancelReason.STOP_STRING else FinishReason.CANCELLED
+        return self._finish(sequence, finish, now_s, detail=reason.value)
+
+    def fail_all(self, detail: str, now_s: float) -> list[Finished]:
+        """The executor broke: answer everything here as failed."""
+        self._outstanding = None
+        failed = []
+        for sequence in list(self._by_request.values()):
+            if not sequence.running:
+                self._waiting.remove(sequence)
+            failed.append(self._finish(sequence, FinishReason.FAILED, now_s, detail=detail))
+        return failed
+
+    def plan(self, now_s: float) -> StepPlan | None:
+        """The next step, or None when there is nothing to do. Each plan is completed before the next."""
+        assert self._outstanding is None, "complete the last plan first"
+        plan = self._repeat_last() or self._plan_afresh(now_s)
+        self._outstanding = plan
+        return plan
+
+    def complete(self, plan: StepPlan, result: StepResult, now_s: float) -> list[ReplicaEvent]:
+        """Account the executed plan. Events are in step order: admissions and preemptions, then tokens."""
+        assert plan is self._outstanding, "plans are completed in order, once"
+        self._outstanding = None
+        events, self._events = self._events, []
+        tokens = iter(result.tokens)
+        for item in plan.items:
+            token_id = next(tokens) if item.emits else None
+            sequence = self._running_by_id.get(item.seq_id)
+            if sequence is not None:  # else it was cancelled while the step ran
+                self._advance(sequence, item.count, token_id, result, events, now_s)
+        self._stats.step_index = plan.index
+        self._stats.step_tokens = plan.token_count
+        self._stats.step_s = result.duration_s
+        return events
+
+    def stats(self) -> ReplicaStats:
+        """The live counters, brought up to date. O(1); copy it to keep it."""
+        stats = self._stats
+        stats.running = len(self._running)
+        stats.waiting = len(self._waiting)
+        stats.waiting_tokens = self._waiting.total_tokens
+        stats.waiting_by_reason = self._waiting_by_reason()
+        stats.kv_blocks_free = self._pool.free_count
+        stats.kv_blocks_cached = self._pool.parked_count
+        stats.kv_blocks_used = self._pool.held_count
+        return stats
+
+    def check_invariants(self) -> None:
+        """Raises AssertionError. O(sequences + blocks); tests call it after every step."""
+        self._pool.check_invariants([sequence.blocks for sequence in self._running])
+        assert len(self._running) <= self.limits.running_max
+        assert set(self._running_by_id.values()) == set(self._running)
+        assert set(self._by_request.values()) == set(self._running) | set(self._waiting)
+        assert len(self._by_request) == len(self._running) + len(self._waiting), "in exactly one place"
+        assert self._decoding_count == sum(sequence.is_decoding for sequence in self._running)
+        for sequence in self._running:
+            assert sequence.running and sequence.output_left >= 1
+            assert sequence.computed_len < sequence.total_len
+            assert sequence.computed_len <= len(sequence.blocks) * self.block_tokens
+        for sequence in self._waiting:
+            assert not sequence.running and not sequence.blocks and sequence.computed_len == 0
+
+    # ---- making a plan --------------------------------------------------------------------------------
+
+    def _plan_afresh(self, now_s: float) -> StepPlan | None:
+        self._refresh_ranks(now_s)
+        preempted_before = self._stats.preemptions_total
+        for sequence in list(self._running):
+            if sequence.running and sequence.is_decoding:
+                self._secure(sequence, sequence.computed_len + 1, now_s)
+        if self._stats.preemptions_total == preempted_before:
+            self._admit_waiting(now_s)
+        if not self._running:
+            assert not self._waiting, "a policy admits the head of the queue when nothing runs"
+            self._events.clear()
+            return None
+        items = self._items(self._stack.compose.compose(self, now_s), now_s)
+        assert items, "a step computes something while something runs"
+        plan = StepPlan(self._steps_planned, items, list(self._starts.values()), self._ends)
+        plan.repeat = self._repeat_of(items)
+        self._steps_planned += 1
+        self._starts.clear()
+        self._ends = []
+        self._standing = plan if plan.repeat > 1 else None
+        self._standing_steps = plan.repeat - 1
+        return plan
+
+    def _repeat_last(self) -> StepPlan | None:
+        """The last plan again, one token further, while nothing has happened that could change it."""
+        last = self._standing
+        if last is None or self._standing_steps == 0:
+            return None
+        self._standing_steps -= 1
+        items = [StepItem(item.seq_id, item.start + 1, 1, True) for item in last.items]
+        plan = StepPlan(self._steps_planned, items, repeat=self._standing_steps + 1)
+        self._steps_planned += 1
+        self._standing = plan
+        return plan
+
+    def _repeat_of(self, items: list[StepItem]) -> int:
+        """Steps until a decode-only plan meets a page fault or a certain finish."""
+        if not self.limits.repeat or len(items) != self._decoding_count or len(items) != len(self._running):
+            return 1
+        steps = self.limits.context_len_max
+        for sequence in self._running:
+            room = len(sequence.blocks) * self.block_tokens - sequence.computed_len
+            steps = min(steps, room, sequence.output_left)
+        return steps
+
+    def _refresh_ranks(self, now_s: float) -> None:
+        self._waiting.refresh(now_s)
+        version = self._stack.rank.version(now_s)
+        if version != self._rank_version:
+            self._rank_version = version
+            self._running.sort(key=lambda sequence: self._rank_key(sequence, now_s))
+
+    def _rank_key(self, sequence: Sequence, now_s: float) -> tuple[RankKey, int]:
+        return (self._stack.rank.key(sequence, now_s), sequence.arrival_index)
+
+    def _admit_waiting(self, now_s: float) -> None:
+        room = self._stack.compose.prefill_room(self, now_s)
+        self._head_reason = None
+        for sequence in list(self._waiting):
+            if self._waits_for_leader(sequence):
+                self._head_reason = self._head_reason or WaitReason.LEADER
+                continue
+            reason, computed = self._try_admit(sequence, room, now_s)
+            if reason is not None:
+                self._head_reason = reason
+                return
+            room -= computed
+
+    def _waits_for_leader(self, sequence: Sequence) -> bool:
+        """Whether a sibling that ranks before it is still computing the prompt both share."""
+        leader = self._by_request.get(sequence.request.leader_id or "")
+        if leader is None or not self.limits.prefix_cache or leader.output:
+            return False
+        return leader.arrival_index < sequence.arrival_index
+
+    def _try_admit(self, sequence: Sequence, room: int, now_s: float) -> tuple[WaitReason | None, int]:
+        """Start `sequence` and say how many tokens it must compute, or say why it waits."""
+        if len(self._running) >= self.limits.running_max:
+            return WaitReason.SLOTS, 0
+        if room <= 0:
+            return WaitReason.STEP_BUDGET, 0
+        cached_blocks = self._cached_blocks(sequence)
+        cached_len = len(cached_blocks) * self.block_tokens
+        revived = self._pool.parked_among(cached_blocks)
+        candidate = Candidate(sequence, cached_len, len(cached_blocks), revived)
+        admission = self._stack.admit.decide(candidate, self, now_s)
+        if admission.reason is not None:
+            return admission.reason, 0
+        self._start(sequence, cached_blocks, admission.reserve_len, now_s)
+        return None, sequence.total_len - cached_len
+
+    def _cached_blocks(self, sequence: Sequence) -> list[int]:
+        """Blocks of the longest known prefix. At least one token is left to compute, to sample from.
+
+        None where every prompt position must be scored: cached positions yield no logits.
+        """
+        if not self.limits.prefix_cache or sequence.request.sampling.prompt_logprobs:
+            return []
+        full_blocks = (sequence.total_len - 1) // self.block_tokens
+        return self._pool.match(sequence.key_blocks(full_blocks, self.block_tokens))
+
+    def _start(self, sequence: Sequence, cached_blocks: list[int], reserve_len: int, now_s: float) -> None:
+        resumed = sequence.phase is Phase.PREEMPTED
+        cached_len = len(cached_blocks) * self.block_tokens
+        if not resumed:
+            sequence.cached_len = cached_len
+            self._count_prefix(sequence, cached_len)
+        self._waiting.remove(sequence)
+        self._pool.share(cached_blocks)
+        fresh = ceil_div(reserve_len, self.block_tokens) - len(cached_blocks)
+        sequence.blocks = cached_blocks + self._pool.allocate(max(0, fresh), now_s)
+        sequence.told_blocks = len(sequence.blocks)
+        sequence.published_blocks = len(cached_blocks)
+        sequence.computed_len = cached_len
+        sequence.running = True
+        sequence.enter(Phase.DECODE if sequence.output else Phase.PREFILL, now_s)
+        self._decoding_count += sequence.is_decoding
+        self._running_by_id[sequence.seq_id] = sequence
+        bisect.insort(self._running, sequence, key=lambda item: self._rank_key(item, now_s))
+        self._starts[sequence.seq_id] = _start_message(sequence)
+        self._events.append(Admitted(sequence.request.id, now_s, cached_len, resumed))
+
+    def _count_prefix(self, sequence: Sequence, cached_len: int) -> None:
+        stats = self._stats
+        stats.prefix_query_tokens_total += sequence.total_len
+        stats.prefix_hit_tokens_total += cached_len
+        keys = sequence.key_blocks((sequence.total_len - 1) // self.block_tokens, self.block_tokens)
+        missed_block = cached_len // self.block_tokens
+        evicted = missed_block < len(keys) and self._pool.was_evicted(keys[missed_block])
+        reason = MissReason.EVICTED if evicted else MissReason.NEW
+        stats.prefix_miss_tokens_total[reason.value] += sequence.total_len - cached_len
+
+    def _items(self, shares: list[Share], now_s: float) -> list[StepItem]:
+        """Shares with their KV secured; a share whose sequence had to yield drops out."""
+        secured: list[tuple[Sequence, int]] = []
+        for share in shares:
+            sequence = share.sequence
+            assert isinstance(sequence, Sequence) and share.count >= 1
+            if sequence.running and self._secure(sequence, sequence.computed_len + share.count, now_s):
+                secured.append((sequence, share.count))
+        return [self._item(sequence, count) for sequence, count in secured if sequence.running]
+
+    def _item(self, sequence: Sequence, count: int) -> StepItem:
+        emits = sequence.computed_len + count == sequence.total_len
+        new_blocks = tuple(sequence.blocks[sequence.told_blocks :])
+        sequence.told_blocks = len(sequence.blocks)
+        return StepItem(sequence.seq_id, sequence.computed_len, count, emits, new_blocks)
+
+    def _secure(self, sequence: Sequence, length: int, now_s: float) -> bool:
+        """Give `sequence` blocks for `length` tokens, preempting where needed; False if it had to yield."""
+        missing = ceil_div(length, self.block_tokens) - len(sequence.blocks)
+        if missing <= 0:
+            return True
+        while missing > self._pool.available:
+            victim = self._stack.preempt.victim(sequence, self, now_s)
+            assert isinstance(victim, Sequence) and victim.running
+            self._preempt(victim, sequence, now_s)
+            if victim is sequence:
+                return False
+        sequence.blocks += self._pool.allocate(missing, now_s)
+        return True
+
+    def _preempt(self, victim: Sequence, needy: Sequence, now_s: float) -> None:
+        lost = victim.computed_len
+        reason = PreemptReason.KV_EXHAUSTED
+        self._leave_running(victim, now_s)
+        victim.enter(Phase.PREEMPTED, now_s)
+        self._waiting.add(victim, now_s)
+        self._stats.preemptions_total += 1
+        self._stats.preempted_tokens_total[reason.value] += lost
+        self._events.append(Preempted(victim.request.id, now_s, reason, lost, needy.request.id))
+
+    # ---- taking results -------------------------------------------------------------------------------
+
+    def _advance(
+        self,
+        sequence: Sequence,
+        count: int,
+        token_id: int | None,
+        result: StepResult,
+        events: list[ReplicaEvent],
+        now_s: float,
+    ) -> None:
+        """`count` more tokens of `sequence` have KV, and perhaps one was sampled."""
+        was_decoding = sequence.is_decoding
+        sequence.computed_len += count
+        self._publish_full_blocks(sequence)
+        if result.prompt_logprobs:
+            sequence.prompt_logprobs += result.prompt_logprobs.get(sequence.seq_id, ())
+        if token_id is not None:
+            if not sequence.output:
+                sequence.enter(Phase.DECODE, now_s)
+            sequence.append(token_id)
+        self._decoding_count += sequence.is_decoding - was_decoding
+        if token_id is not None:
+            self._emit(sequence, token_id, result, events, now_s)
+
+    def _emit(
+        self, sequence: Sequence, token_id: int, result: StepResult, events: list[ReplicaEvent], now_s: float
+    ) -> None:
+        """Tell the world of the token, or of the end it means. A stop token is counted, but not told."""
+        if token_id in sequence.request.stop_token_ids:
+            events.append(self._finish(sequence, FinishReason.STOP, now_s, stop_token_id=token_id))
+            return
+        events.append(_token_event(sequence, token_id, result, now_s))
+        if sequence.output_left == 0:
+            events.append(self._finish(sequence, FinishReason.LENGTH, now_s))
+
+    def _publish_full_blocks(self, sequence: Sequence) -> None:
+        """Offer blocks that this step filled to the prefix index."""
+        full_blocks = sequence.computed_len // self.block_tokens
+        if full_blocks == sequence.published_blocks or not self.limits.prefix_cache:
+            return
+        keys = sequence.key_blocks(full_blocks, self.block_tokens)
+        for index in range(sequence.published_blocks, len(keys)):
+            self._pool.publish(sequence.blocks[index], keys[index])
+        sequence.published_blocks = full_blocks
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        now_s: float,
+        *,
+        stop_token_id: int | None = None,
+        detail: str | None = None,
+    ) -> Finished:
+        """The one last event. The caller has taken a waiting sequence out of the queue."""
+        if sequence.running:
+            self._leave_running(sequence, now_s)
+        sequence.enter(sequence.phase, now_s)
+        del self._by_request[sequence.request.id]
+        return Finished(
+            sequence.request.id,
+            now_s,
+            reason,
+            sequence.request.prompt_len,
+            sequence.output_len,
+            sequence.cached_len,
+            sequence.phases,
+            stop_token_id,
+            detail,
+        )
+
+    def _leave_running(self, sequence: Sequence, now_s: float) -> None:
+        """Give everything back; the executor forgets the sequence with the next plan."""
+        self._decoding_count -= sequence.is_decoding
+        self._pool.release(sequence.blocks, sequence.request, now_s)
+        sequence.blocks = []
+        sequence.computed_len = sequence.told_blocks = sequence.published_blocks = 0
+        sequence.prompt_logprobs = []
+        sequence.running = False
+        self._running.remove(sequence)
+        del self._running_by_id[sequence.seq_id]
+        if self._starts.pop(sequence.seq_id, None) is None:
+            self._ends.append(sequence.seq_id)
+        self._standing = None
+
+    def _waiting_by_reason(self) -> dict[str, int]:
+        waiting = len(self._waiting)
+        if not waiting:
+            return {}
+        head = (self._head_reason or WaitReason.STEP_BUDGET).value
+        behind = {WaitReason.BEHIND_HEAD.value: waiting - 1} if waiting > 1 else {}
+        return {head: 1, **behind}
+
+
+def _start_message(sequence: Sequence) -> SequenceStart:
+    request = sequence.request
+    return SequenceStart(
+        seq_id=sequence.seq_id,
+        tokens=sequence.tokens(),
+        prompt_len=request.prompt_len,
+        total_len=sequence.total_len,
+        cached_len=sequence.computed_len,
+        blocks=tuple(sequence.blocks),
+        sampling=request.sampling,
+        min_output_tokens=request.min_output_tokens,
+        stop_token_ids=request.stop_token_ids,
+    )
+
+
+def _token_event(sequence: Sequence, token_id: int, result: StepResult, now_s: float) -> TokenOut:
+    event = TokenOut(sequence.request.id, now_s, token_id)
+    if result.logprobs:
+        event.logprobs = result.logprobs.get(sequence.seq_id)
+    if sequence.prompt_logprobs and sequence.output_len == 1:
+        event.prompt_logprobs, sequence.prompt_logprobs = sequence.prompt_logprobs, []
+    return event

@@ -1,0 +1,142 @@
+"""One request inside a replica."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence as SequenceOf
+from enum import Enum
+
+from penstock.core.events import PhaseTimes
+from penstock.core.request import Request
+from penstock.core.step import TokenLogprobs
+
+KEY_BYTES = 16
+
+
+class Phase(Enum):
+    """Where the request's time goes now; the names are the fields of PhaseTimes."""
+
+    QUEUE = "queue_s"
+    PREFILL = "prefill_s"
+    DECODE = "decode_s"
+    PREEMPTED = "preempted_s"
+
+
+class Sequence:
+    """The state a replica keeps for a request. Derived values are properties.
+
+    `computed_len` of the `total_len` known tokens have KV; a step computes more of them, and when it
+    reaches `total_len` the next token is sampled. A decode is the case of one token without KV.
+    """
+
+    __slots__ = (
+        "arrival_index",
+        "block_keys",
+        "blocks",
+        "cached_len",
+        "computed_len",
+        "last_s",
+        "output",
+        "phase",
+        "phases",
+        "prompt_logprobs",
+        "published_blocks",
+        "request",
+        "running",
+        "seq_id",
+        "submitted_s",
+        "told_blocks",
+        "total_len",
+    )
+
+    def __init__(self, seq_id: int, request: Request, now_s: float) -> None:
+        self.seq_id = seq_id
+        self.request = request
+        self.arrival_index = seq_id
+        self.submitted_s = now_s
+        self.output: list[int] = []
+        self.total_len = request.prompt_len  # prompt and output; a field because every step reads it
+        self.computed_len = 0
+        self.cached_len = 0  # of the first admission; what `usage` reports
+        self.blocks: list[int] = []
+        self.block_keys: list[bytes] = []  # of the leading full blocks, as far as they are needed
+        self.published_blocks = 0  # leading blocks already offered to the prefix index
+        self.told_blocks = 0  # leading blocks the executor knows of
+        self.prompt_logprobs: list[TokenLogprobs] = []  # where asked for, as far as computed
+        self.running = False
+        self.phase = Phase.QUEUE
+        self.phases = PhaseTimes()
+        self.last_s = now_s
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.seq_id}, prompt={self.request.prompt_len}, output={self.output_len}, "
+            f"computed={self.computed_len}, blocks={len(self.blocks)}, phase={self.phase.name})"
+        )
+
+    @property
+    def output_len(self) -> int:
+        return len(self.output)
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.total_len - self.computed_len == 1 and self.total_len > self.request.prompt_len
+
+    def append(self, token_id: int) -> None:
+        self.output.append(token_id)
+        self.total_len += 1
+
+    @property
+    def output_left(self) -> int:
+        return self.request.max_output_tokens - len(self.output)
+
+    def enter(self, phase: Phase, now_s: float) -> None:
+        """Charge the time since the last change to the phase that ends."""
+        assert now_s >= self.last_s, "time runs forward"
+        name = self.phase.value
+        setattr(self.phases, name, getattr(self.phases, name) + now_s - self.last_s)
+        self.phase = phase
+        self.last_s = now_s
+
+    def tokens(self) -> list[int] | None:
+        """Prompt and output, or None where only lengths are known."""
+        prompt = self.request.prompt_tokens
+        return None if prompt is None else [*prompt, *self.output]
+
+    def key_blocks(self, block_count: int, block_tokens: int) -> SequenceOf[bytes]:
+        """Content keys of the first `block_count` full blocks; fewer where the content is not known.
+
+        A key hashes the block's tokens and, through its predecessor's key, everything before them; the
+        chain starts from the salt. Keys are cryptographic so that nobody can craft a block that collides
+        with another tenant's.
+        """
+        keys = self.block_keys
+        if self.request.prompt_tokens is None:
+            given = self.request.block_keys or ()
+            return given[:block_count]
+        prompt_len = self.request.prompt_len
+        prompt = self.request.prompt_tokens
+        previous = keys[-1] if keys else salt_key(self.request.cache_salt)
+        for index in range(len(keys), block_count):
+            start, stop = index * block_tokens, (index + 1) * block_tokens
+            if stop <= prompt_len:
+                content: SequenceOf[int] = prompt[start:stop]
+            else:
+                content = [
+                    *prompt[start:prompt_len],
+                    *self.output[max(0, start - prompt_len) : stop - prompt_len],
+                ]
+            previous = chain_key(previous, content)
+            keys.append(previous)
+        return keys[:block_count]
+
+
+def salt_key(salt: str) -> bytes:
+    """The root of a key chain."""
+    return hashlib.blake2b(salt.encode(), digest_size=KEY_BYTES, person=b"penstock-salt").digest()
+
+
+def chain_key(previous: bytes, content: SequenceOf[int]) -> bytes:
+    """The key of a block that follows the one keyed `previous`."""
+    return hashlib.blake2b(previous + array("q", content).tobytes(), digest_size=KEY_BYTES).digest()
