@@ -219,7 +219,8 @@ class Replica:
         items = self._items(self._stack.compose.compose(self, now_s), now_s)
         assert items, "a step computes something while something runs"
         plan = StepPlan(self._steps_planned, items, list(self._starts.values()), self._ends)
-        plan.repeat = self._repeat_of(items)
+        if self._stats.preemptions_total == preempted_before:  # else the next plan may admit again
+            plan.repeat = self._repeat_of(items)
         self._steps_planned += 1
         self._starts.clear()
         self._ends = []
