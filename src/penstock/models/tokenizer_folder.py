@@ -77,7 +77,7 @@ def _decoding(backend: tokenizers.Tokenizer, folder: Path) -> tuple[Scheme, bool
     if kinds and kinds <= _SENTENCEPIECE_STEPS and kinds & {"Replace", "Metaspace"}:
         return Scheme.SENTENCEPIECE, any(_drops_space(step) for step in steps)
     raise ModelUnsupported(
-        f"The tokenizer of `{folder}` decodes with {', '.join(sorted(kinds)) or 'nothing'}, which is not read.",
+        f"`{folder}` has a tokenizer that decodes by {', '.join(sorted(kinds)) or 'nothing'}, unread here.",
         hint="Byte-level BPE and SentencePiece-like tokenizers are.",
     )
 
