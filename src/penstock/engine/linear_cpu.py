@@ -1,0 +1,89 @@
+"""Linears of the CPU engine: packed once for oneDNN, and the same row by row whatever the batch.
+
+A GEMM library may block, and so round, differently for another number of rows: with MKL in float32, fewer
+than about ten rows differ in the last bit from many. Output must not depend on the batch (DESIGN law 8), so
+each distinct shape is measured at load: from how many rows on are all results equal, bit for bit? Smaller
+calls are padded to that number. oneDNN's bfloat16 needs no padding on the machines measured (FACTS.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from penstock.engine.linear import PackedLinear
+
+_ROWS_TRIED: Final = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 64, 65, 100, 128, 129, 192)
+_ROWS_MIN_TRIED: Final = (1, 16, 32)
+_TILE_ROWS: Final = 32  # where no padding helps, every call is made of tiles of just so many rows
+
+
+class CpuLinear:
+    """One matrix behind one kernel, padded or tiled as its shape was found to need."""
+
+    def __init__(self, multiply: Callable[[Tensor], Tensor], weight_bytes: int, rows_min: int | None) -> None:
+        self._multiply = multiply
+        self._weight_bytes = weight_bytes
+        self._rows_min = rows_min
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._weight_bytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        if self._rows_min is None:
+            padded = F.pad(x, (0, 0, 0, -rows % _TILE_ROWS))
+            return torch.cat([self._multiply(tile) for tile in torch.split(padded, _TILE_ROWS)])[:rows]
+        if rows < self._rows_min:
+            return self._multiply(F.pad(x, (0, 0, 0, self._rows_min - rows)))[:rows]
+        return self._multiply(x)
+
+
+class CpuLinearBackend:
+    """Batch-invariant linears for bfloat16 and float32 on the CPU."""
+
+    name = "cpu"
+
+    def __init__(self) -> None:
+        self._rows_min: dict[tuple[torch.dtype, int, int], int | None] = {}
+
+    @property
+    def needs_padding(self) -> bool:
+        """Whether any packed shape has to be padded or tiled here."""
+        return any(rows_min != 1 for rows_min in self._rows_min.values())
+
+    def pack(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        """weight: [out, in]. The packed copy replaces it: the caller drops the original."""
+        multiply = _multiplier(weight, bias)
+        shape = (weight.dtype, weight.shape[0], weight.shape[1])
+        if shape not in self._rows_min:
+            self._rows_min[shape] = measure_rows_min(multiply, weight.shape[1], weight.dtype)
+        weight_bytes = weight.nbytes + (0 if bias is None else bias.nbytes)
+        return CpuLinear(multiply, weight_bytes, self._rows_min[shape])
+
+
+def _multiplier(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """oneDNN on a prepacked bfloat16 weight (twice as fast as plain up to 8 rows), else torch's choice."""
+    ops = torch.ops.mkldnn
+    packable = hasattr(ops, "_linear_pointwise") and torch._C._has_mkldnn
+    if weight.dtype != torch.bfloat16 or not packable:
+        return lambda x: F.linear(x, weight, bias)
+    packed = ops._reorder_linear_weight(weight, None)
+    return lambda x: ops._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+@torch.inference_mode()
+def measure_rows_min(multiply: Callable[[Tensor], Tensor], columns: int, dtype: torch.dtype) -> int | None:
+    """The least row count from which results do not depend on it; None if there is none among those tried."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(max(_ROWS_TRIED) + 8, columns, generator=generator).to(dtype)
+    whole = multiply(x)
+    unequal = [
+        rows for rows in _ROWS_TRIED if not torch.equal(multiply(x[8 : 8 + rows]), whole[8 : 8 + rows])
+    ]
+    return next((rows_min for rows_min in _ROWS_MIN_TRIED if all(r < rows_min for r in unequal)), None)

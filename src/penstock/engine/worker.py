@@ -1,0 +1,206 @@
+"""The engine process: one replica and its executor in a loop, behind a pipe.
+
+    gateway process                          engine process
+    EngineLink ── submit, cancel, close ──►  inbox ─► Replica.plan ─► TorchExecutor ─► Replica.complete
+               ◄── StepReport a step ──────  events and stats
+
+A process, not a thread: an engine step makes thousands of short torch calls, each of which would compete
+with the event loop for the interpreter lock (measured in docs/engine.md). The loop takes its inbox between
+steps, so a cancel frees its slot within one step.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from multiprocessing.sharedctypes import Synchronized
+from typing import TYPE_CHECKING, Final
+
+from penstock.core.errors import PenstockError, RequestError
+from penstock.core.events import Finished, ReplicaEvent
+from penstock.core.reasons import CancelReason, FinishReason
+from penstock.core.request import Request
+from penstock.core.settings import Settings
+from penstock.models.catalogue import ModelSource
+from penstock.policies.stack import make_stack
+from penstock.replica.messages import ReplicaInfo, StepReport
+from penstock.replica.replica import Replica
+
+if TYPE_CHECKING:
+    from penstock.engine.build import Engine
+
+IDLE_TICK_S: Final = 0.25  # an idle loop turns so often, to keep its heartbeat alive
+FAILURES_MAX: Final = 3  # steps that may fail in a row before the engine gives itself up
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    request_id: str
+    reason: CancelReason
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class StageDone:
+    """Progress while starting."""
+
+    name: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StartFailed:
+    """The engine could not start; the error crosses the pipe as it is."""
+
+    error: Exception
+
+
+Command = Submit | Cancel | Close
+Message = StageDone | StartFailed | ReplicaInfo | StepReport
+
+
+def run_engine(
+    connection: Connection,
+    heartbeat: Synchronized[int],
+    settings: Settings,
+    source: ModelSource,
+    model_name: str,
+) -> None:
+    """Entry point of the process."""
+    # The gateway decides when to stop; a Ctrl-C on the terminal reaches the whole process group.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        loop = _start(connection, heartbeat, settings, source, model_name)
+    except PenstockError as error:
+        connection.send(StartFailed(error))
+        return
+    except Exception as error:  # the starting process must learn of any failure, whatever it is
+        connection.send(StartFailed(RuntimeError(f"{type(error).__name__}: {error}")))
+        raise
+    try:
+        loop.run()
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the gateway is gone, and with it everybody who could read an answer
+
+
+def _start(
+    connection: Connection,
+    heartbeat: Synchronized[int],
+    settings: Settings,
+    source: ModelSource,
+    model_name: str,
+) -> _Loop:
+    began_s = time.perf_counter()
+    from penstock.engine.build import Stages, build_engine
+
+    stages = Stages({"import": time.perf_counter() - began_s})
+    engine = build_engine(settings, source, model_name, stages)
+    with stages.timed("warm_up"):
+        warm_up(engine, settings)
+    for name, seconds in stages.seconds.items():
+        connection.send(StageDone(name, seconds))
+    connection.send(replace(engine.info, startup_s=stages.seconds))
+    return _Loop(connection, heartbeat, engine, settings)
+
+
+def warm_up(engine: Engine, settings: Settings) -> None:
+    """One short request through the real path, so that the first user does not pay for first calls."""
+    replica = Replica(engine.limits, make_stack(settings.policies))
+    prompt = [0] * min(8, engine.limits.context_len_max - 2)
+    replica.submit(Request("warm-up", len(prompt), 2, 0.0, prompt_tokens=prompt), 0.0)
+    while (plan := replica.plan(0.0)) is not None:
+        replica.complete(plan, engine.executor.execute(plan), 0.0)
+    engine.executor.reset()
+
+
+class _Loop:
+    """Drain the inbox, plan, execute, complete, report; for ever."""
+
+    def __init__(
+        self, connection: Connection, heartbeat: Synchronized[int], engine: Engine, settings: Settings
+    ) -> None:
+        self._connection = connection
+        self._heartbeat = heartbeat
+        self._engine = engine
+        self._settings = settings
+        self._replica = Replica(engine.limits, make_stack(settings.policies))
+        self._failures = 0
+
+    def run(self) -> None:
+        while True:
+            self._heartbeat.value += 1
+            events: list[ReplicaEvent] = []
+            if not self._drain_inbox(events):
+                return
+            events += self._step()
+            if events:
+                self._connection.send(StepReport(events, self._replica.stats()))
+
+    def _drain_inbox(self, events: list[ReplicaEvent]) -> bool:
+        """Take every waiting command; wait for one while idle. False when told to close."""
+        wait_s = 0.0 if self._replica.has_work else IDLE_TICK_S
+        while self._connection.poll(wait_s):
+            wait_s = 0.0
+            command: Command = self._connection.recv()
+            if isinstance(command, Close):
+                return False
+            self._obey(command, events)
+        return True
+
+    def _obey(self, command: Submit | Cancel, events: list[ReplicaEvent]) -> None:
+        now_s = time.monotonic()
+        if isinstance(command, Cancel):
+            finished = self._replica.cancel(command.request_id, command.reason, now_s)
+            events += [finished] if finished is not None else []
+            return
+        request = command.request
+        try:
+            self._replica.submit(request, now_s)
+        except RequestError as error:  # the desk checks feasibility first; whoever did not is still answered
+            events.append(
+                Finished(
+                    request.id, now_s, FinishReason.REFUSED, request.prompt_len, 0, 0, detail=error.message
+                )
+            )
+
+    def _step(self) -> list[ReplicaEvent]:
+        planned_s = time.perf_counter()
+        plan = self._replica.plan(time.monotonic())
+        if plan is None:
+            return []
+        schedule_s = time.perf_counter() - planned_s
+        try:
+            result = self._engine.executor.execute(plan)
+        except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError, also for lack of memory
+            return self._recover(error)
+        self._failures = 0
+        done_s = time.perf_counter()
+        events = self._replica.complete(plan, result, time.monotonic())
+        self._replica.stats().schedule_s = schedule_s + time.perf_counter() - done_s
+        return events
+
+    def _recover(self, error: Exception) -> list[ReplicaEvent]:
+        """Answer everything as failed and start from empty KV; a step that fails again and again is fatal."""
+        self._failures += 1
+        print(f"engine step failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        events: list[ReplicaEvent] = []
+        events += self._replica.fail_all(f"the engine step failed: {type(error).__name__}", time.monotonic())
+        if self._failures >= FAILURES_MAX:
+            self._connection.send(StepReport(events, self._replica.stats()))
+            raise error
+        self._engine.executor.reset()
+        self._replica = Replica(self._engine.limits, make_stack(self._settings.policies))
+        return events
