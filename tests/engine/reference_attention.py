@@ -1,4 +1,4 @@
-"""A `LayerAttention` that is obviously right: dense, one sequence, keys and values kept whole, float32 softmax.
+"""A `LayerAttention` that is obviously right: dense, one sequence, keys and values kept whole.
 
 It shares no code with the engine's back ends, so that the model can be compared with transformers alone.
 """
@@ -12,7 +12,7 @@ from penstock.models.config import ModelConfig
 
 
 class ReferenceAttention:
-    """Keys and values of one sequence, appended as chunks come. `positions` are those of the current chunk."""
+    """Keys and values of one sequence, appended as chunks come, in the order of its positions."""
 
     def __init__(self, config: ModelConfig) -> None:
         self._config = config
