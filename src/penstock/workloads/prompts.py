@@ -56,7 +56,7 @@ class PromptMaker:
         self._sessions: dict[str, _SessionStream] = {}
 
     def token_ids(self, index: int, row: TraceRow) -> list[int]:
-        """Exactly `row.prompt_tokens` ids. `index` is the row's number in the replay. Changes session state."""
+        """Exactly `row.prompt_tokens` ids; `index` is the row's number in the replay. Changes state."""
         span = np.uint64(self._range.high - self._range.low)
         ids = self._draws(index, row, row.prompt_tokens) % span + np.uint64(self._range.low)
         found: list[int] = ids.tolist()
@@ -65,14 +65,14 @@ class PromptMaker:
     def text(self, index: int, row: TraceRow, fit: TextFit) -> str:
         """Text of `row.prompt_tokens` tokens by `fit`, at least one word. Changes session state."""
         count = max(1, row.prompt_tokens - fit.overhead_tokens)
-        picks = self._draws(index, row, count) % np.uint64(len(fit.words))
-        return " ".join(fit.words[pick] for pick in picks.tolist())
+        picks = self._draws(index, row, count - 1) % np.uint64(len(fit.words))
+        return " ".join([LEADING_WORD, *(fit.words[pick] for pick in picks.tolist())])
 
     def _draws(self, index: int, row: TraceRow, count: int) -> Words:
         if row.block_hashes and row.block_tokens:
             return self._draws_of_blocks(row.block_hashes, row.block_tokens, count)
         if row.session_id is not None:
-            stream = self._session_stream(row.session_id, count)
+            stream = self._session_stream(row.session_id, index, count)
             return _draw(self._key("session", row.session_id, stream), count)
         return _draw(self._key("row", index), count)
 
@@ -82,11 +82,17 @@ class PromptMaker:
         assert missing <= 0, "readers and shapes keep ceil(prompt / block) block ids"
         return np.concatenate(parts)[:count]
 
-    def _session_stream(self, session_id: str, count: int) -> int:
-        """Which stream of the session this turn reads; a new one when it does not grow."""
+    def _session_stream(self, session_id: str, index: int, count: int) -> int:
+        """Which stream of the session this turn reads; a new one when it does not grow.
+
+        Asking again for the same row gives the same answer.
+        """
         last = self._sessions.pop(session_id, None)
+        if last is not None and last.index == index:
+            self._sessions[session_id] = last
+            return last.number
         number = 0 if last is None else last.number + (count <= last.length)
-        self._sessions[session_id] = _SessionStream(number, count)
+        self._sessions[session_id] = _SessionStream(index, number, count)
         if len(self._sessions) > SESSIONS_TRACKED_MAX:
             del self._sessions[next(iter(self._sessions))]
         return number
@@ -98,6 +104,7 @@ class PromptMaker:
 
 @dataclass(slots=True)
 class _SessionStream:
+    index: int  # of the row that was asked for last
     number: int
     length: int
 
@@ -109,6 +116,10 @@ def _draw(key: int, count: int) -> Words:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return z ^ (z >> np.uint64(31))
+
+
+# Every text begins with it: a word without a space before it may be another token, and this one is probed.
+LEADING_WORD = "the"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,21 +137,22 @@ class TextFit:
 # Short, common, lower-case: one token each (with the space before them) in every BPE vocabulary we know.
 COMMON_WORDS = tuple(
     """
-    the and that have for not with you this but his from they say her she will one all would there their what
-    out about who get which when make can like time just him know take people into year your good some could
-    them see other than then now look only come its over think also back after use two how our work first well
-    way even new want because any these give day most water long little very great where through much before
-    line right too mean old same tell boy follow came show around form three small set put end does another
-    large must big such turn here why ask men read need land different home move try kind hand picture again
-    change off play air away animal house point page letter mother answer found study still learn should world
-    high every near add food between own below country plant last school father keep tree never start city
-    earth eye light thought head under story saw left few while along might close something seem next hard open
-    example begin life always those both paper together got group often run important until children side feet
-    car night walk white sea began grow took river four carry state once book hear stop without second later
-    miss idea enough eat face watch far really almost let above girl sometimes mountain cut young talk soon
-    list song being leave family body music color stand sun question fish area mark dog horse birds problem
-    complete room knew since ever piece told usually friends easy heard order red door sure become top ship
-    across today during short better best however low hours black products happened whole measure remember
-    early waves reached listen wind rock space covered fast several hold himself toward five step morning
+    the and that have for not with you this but his from they say her she will one all would there their
+    what out about who get which when make can like time just him know take people into year your good
+    some could them see other than then now look only come its over think also back after use two how
+    our work first well way even new want because any these give day most water long little very great
+    where through much before line right too mean old same tell boy follow came show around form three
+    small set put end does another large must big such turn here why ask men read need land different
+    home move try kind hand picture again change off play air away animal house point page letter mother
+    answer found study still learn should world high every near add food between own below country plant
+    last school father keep tree never start city earth eye light thought head under story saw left few
+    while along might close something seem next hard open example begin life always those both paper
+    together got group often run important until children side feet car night walk white sea began grow
+    took river four carry state once book hear stop without second later miss idea enough eat face watch
+    far really almost let above girl sometimes mountain cut young talk soon list song being leave family
+    body music color stand sun question fish area mark dog horse birds problem complete room knew since
+    ever piece told usually friends easy heard order red door sure become top ship across today during
+    short better best however low hours black products happened whole measure remember early waves
+    reached listen wind rock space covered fast several hold himself toward five step morning
     """.split()
 )
