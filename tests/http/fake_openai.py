@@ -95,7 +95,9 @@ class FakeServer:
             writer.close()
             return
         if (status := self.refuse(number)) is not None:
-            self._send(writer, status, {"error": {"message": "no", "type": "server_error", "code": "overloaded"}})
+            self._send(
+                writer, status, {"error": {"message": "no", "type": "server_error", "code": "overloaded"}}
+            )
             return
         self.in_flight += 1
         self.in_flight_max = max(self.in_flight_max, self.in_flight)
@@ -109,7 +111,9 @@ class FakeServer:
         is_chat = seen.path.endswith("chat/completions")
         wanted = seen.body.get("max_tokens") or seen.body["max_completion_tokens"]
         count = wanted if self.stop_at is None else min(wanted, self.stop_at)
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        writer.write(
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
         if is_chat:
             self._event(writer, {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
         await asyncio.sleep(self.delay_s)

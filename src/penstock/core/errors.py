@@ -10,6 +10,7 @@
     │   ├── ModelNotAllowed         the key may not use this model
     │   ├── ModelNotFound           no such model is served here
     │   ├── PayloadTooLarge         the body exceeds the limit
+    │   ├── HeadersTooLarge         request line and headers exceed the limit
     │   ├── UnsupportedMediaType    the body is not declared as JSON
     │   ├── RouteNotFound           no such path
     │   ├── MethodNotAllowed        the path exists, the method does not
@@ -134,6 +135,13 @@ class PayloadTooLarge(RequestError):
 
     status = 413
     code = "payload_too_large"
+
+
+class HeadersTooLarge(RequestError):
+    """Request line and headers are larger than the gateway reads."""
+
+    status = 431
+    code = "headers_too_large"
 
 
 class UnsupportedMediaType(RequestError):
