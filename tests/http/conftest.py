@@ -6,7 +6,8 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -57,6 +58,7 @@ class Running:
     port: int
     outcomes: list[tuple[RequestOutcome, Request]]
     thread: threading.Thread
+    clients: ExitStack = field(default_factory=ExitStack)
 
     @property
     def url(self) -> str:
@@ -69,13 +71,14 @@ class Running:
         return switchboard
 
     def http(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=WAIT_S, trust_env=False, **options)
+        return self.clients.enter_context(
+            httpx.Client(base_url=self.url, timeout=WAIT_S, trust_env=False, **options)
+        )
 
     def openai(self, **options: Any) -> openai.OpenAI:
-        http = httpx.Client(trust_env=False)
-        return openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key="none", http_client=http, **{"max_retries": 0, **options}
-        )
+        http = self.clients.enter_context(httpx.Client(trust_env=False))
+        defaults: dict[str, Any] = {"api_key": "none", "max_retries": 0}
+        return openai.OpenAI(base_url=f"{self.url}/v1", http_client=http, **{**defaults, **options})
 
     def begin_drain(self) -> None:
         assert self.server._loop is not None
@@ -88,7 +91,7 @@ class Running:
         wait_until(lambda: self.link.running_count == 0, "engine empty")
 
     def stop(self) -> None:
-        assert self.server._loop is not None
+        self.clients.close()
         self.server.should_exit = True
         self.thread.join(WAIT_S)
         self.link.close(WAIT_S)
@@ -106,13 +109,14 @@ def start(settings: Settings | None = None, link: FakeLink | None = None) -> Run
         settings,
         on_outcome=lambda outcome, request: outcomes.append((outcome, request)),
     )
-    ports: list[int] = []
-    server = GatewayServer(app, settings.gateway, on_listening=lambda host, port: ports.append(port))
+    urls: list[str] = []
+    server = GatewayServer(app, settings.gateway, on_ready=urls.append)
     sock = bind("127.0.0.1", 0)
+    sock_port = sock.getsockname()[1]
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([sock])), name="gateway", daemon=True)
     thread.start()
-    wait_until(lambda: bool(ports), "the server listens")
-    return Running(app, link, server, ports[0], outcomes, thread)
+    wait_until(lambda: bool(urls), "the server listens")
+    return Running(app, link, server, sock_port, outcomes, thread)
 
 
 @pytest.fixture

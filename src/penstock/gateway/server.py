@@ -18,7 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from penstock.core.errors import Draining, EnvironmentMissing
-from penstock.core.settings import GatewaySettings
+from penstock.core.settings import GatewaySettings, Settings
 from penstock.gateway.protocol import GatewayProtocol
 from penstock.gateway.state import Gateway
 
@@ -28,7 +28,7 @@ FLUSH_S = 2.0  # for the last error events to reach their clients
 KEEP_ALIVE_S = 30
 EXIT_OK, EXIT_ABORTED = 0, 1
 
-OnListening = Callable[[str, int], None]
+OnReady = Callable[[str], None]
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -46,16 +46,24 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
+def url_of(sock: socket.socket) -> str:
+    """Where a client on this machine reaches a bound socket."""
+    host, port = sock.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def run_gateway(
     app: FastAPI,
-    settings: GatewaySettings,
+    settings: Settings,
     *,
     sock: socket.socket | None = None,
-    on_listening: OnListening | None = None,
+    on_ready: OnReady | None = None,
 ) -> int:
-    """Serve until a signal, drained; returns the exit code. `on_listening` gets host and real port."""
-    bound = sock or bind(settings.host, settings.port)
-    server = GatewayServer(app, settings, on_listening)
+    """Serve until a signal, drained; returns the exit code. `on_ready` gets the URL, with the real port."""
+    bound = sock or bind(settings.gateway.host, settings.gateway.port)
+    server = GatewayServer(app, settings.gateway, on_ready)
     server.run(sockets=[bound])
     return server.exit_code
 
@@ -63,9 +71,7 @@ def run_gateway(
 class GatewayServer(uvicorn.Server):
     """uvicorn with our staged drain in place of its own signal handling."""
 
-    def __init__(
-        self, app: FastAPI, settings: GatewaySettings, on_listening: OnListening | None = None
-    ) -> None:
+    def __init__(self, app: FastAPI, settings: GatewaySettings, on_ready: OnReady | None = None) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -82,7 +88,7 @@ class GatewayServer(uvicorn.Server):
         )
         self._gateway: Gateway = app.state.gateway
         self._settings = settings
-        self._on_listening = on_listening
+        self._on_ready = on_ready
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
@@ -91,9 +97,8 @@ class GatewayServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
-        if self._on_listening is not None and sockets:
-            host, port = sockets[0].getsockname()[:2]
-            self._on_listening(host, port)
+        if self._on_ready is not None and sockets:
+            self._on_ready(url_of(sockets[0]))
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
