@@ -37,7 +37,13 @@ _LLAMA3 = {
     "rope_theta": 500_000.0,
 }
 _LINEAR = {"rope_type": "linear", "factor": 2.5, "rope_theta": 10_000.0}
-_DEEPSEEK_YARN = _YARN | {"mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False, "beta_fast": 16.0}
+_MSCALE_YARN = _YARN | {
+    "original_max_position_embeddings": 64,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.5,
+    "beta_fast": 4.0,
+    "truncate": False,
+}
 _GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
@@ -77,7 +83,7 @@ TINY: dict[str, Tiny] = {
     "llama-linear": Tiny(transformers.LlamaConfig, {"rope_parameters": _LINEAR}),
     "llama-llama3": Tiny(transformers.LlamaConfig, {"rope_parameters": _LLAMA3}),
     "llama-yarn": Tiny(transformers.LlamaConfig, {"rope_parameters": _YARN}),
-    "llama-yarn-deepseek": Tiny(transformers.LlamaConfig, {"rope_parameters": _DEEPSEEK_YARN}),
+    "llama-yarn-mscale": Tiny(transformers.LlamaConfig, {"rope_parameters": _MSCALE_YARN, "head_dim": 32}),
     "mistral-window": Tiny(transformers.MistralConfig, {"sliding_window": 9, "head_dim": 16}),
     "mistral-full": Tiny(transformers.MistralConfig, {"sliding_window": None}),
     "qwen2": Tiny(transformers.Qwen2Config, {"tie_word_embeddings": True}),

@@ -18,6 +18,7 @@ from torch import Tensor
 from penstock.core.errors import ModelError, ModelFileDamaged, ModelNotAvailable, ModelUnsupported
 from penstock.engine.gguf_names import gguf_place, half_split_order
 from penstock.engine.linear import QuantisedRows
+from penstock.models.catalogue import PICKLE_SUFFIXES
 from penstock.models.config import (
     ModelConfig,
     ModelFiles,
@@ -36,14 +37,13 @@ _SINGLE_FILE: Final = "model.safetensors"
 _INDEX_FILE: Final = "model.safetensors.index.json"
 _INDEX_BYTES_MAX: Final = 64 << 20
 _SHARDS_MAX: Final = 4096
-_PICKLE_SUFFIXES: Final = frozenset((".bin", ".pt", ".pth", ".ckpt", ".pkl"))
 _SAFETENSORS_DTYPES: Final = ("F32", "F16", "BF16")
 _GGML_FLOATS: Final = {
     GgmlType.F32: torch.float32,
     GgmlType.F16: torch.float16,
     GgmlType.BF16: torch.bfloat16,
 }
-_DEQUANTISED_AT_ONCE: Final = 1 << 22  # weights; 16 MiB as float32
+_DEQUANTISED_AT_ONCE: Final = 1 << 18  # weights; 1 MiB as float32, which stays in the cache
 _FETCH_AGAIN: Final = "Fetch the model again, complete."
 
 
@@ -226,7 +226,7 @@ def _safetensors_files(folder: Path) -> list[Path]:
         raise ModelNotAvailable(
             f"The folder `{folder}` cannot be read: {reason}.", hint="Check the path and its permissions."
         ) from error
-    if pickles := [name for name in names if Path(name).suffix in _PICKLE_SUFFIXES]:
+    if pickles := [name for name in names if Path(name).suffix in PICKLE_SUFFIXES]:
         raise ModelUnsupported(
             f"`{folder}` holds its weights as pickle only (`{pickles[0]}`), which can run code when read.",
             hint="Take a safetensors or GGUF version of the model, or convert it in a sandbox.",

@@ -29,7 +29,7 @@ _ARCHITECTURES: Final[dict[str, Architecture]] = {
 _SUPPORTED_HINT: Final = f"Penstock runs GGUF files of {', '.join(_ARCHITECTURES)}."
 _GEMMA_27B_LAYERS: Final = {"gemma2": 46, "gemma3": 62}
 """llama.cpp knows the 27B models, whose attention scale is 1/sqrt(hidden / heads), by their layer count."""
-_LARGE_FLOATS: Final = {0: "float32", 1: "float16"}
+_FLOAT_FILE_TYPES: Final = {0: "float32", 1: "float16"}
 """`general.file_type` of files whose matrices are all of one float type (`enum llama_ftype`)."""
 
 
@@ -99,7 +99,7 @@ def from_gguf(
         embedding_scale=math.sqrt(hidden) if is_gemma else 1.0,
         tied_embeddings="output.weight" not in tensors,
         moe=moe,
-        default_dtype=_LARGE_FLOATS.get(fields.integer("general.file_type", 0, 1 << 20, 2), "bfloat16"),
+        default_dtype=_FLOAT_FILE_TYPES.get(fields.integer("general.file_type", 0, 1 << 20, 2), "bfloat16"),
         eos_token_ids=_eos_token_ids(fields),
     )
 
