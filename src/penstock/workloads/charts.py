@@ -14,7 +14,8 @@ from html import escape
 
 HEIGHT = 230
 SMALL, MEDIUM, WIDE = 372, 560, 1140  # of a third, a half and the whole of the page: text keeps its size
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 28
+_SMALLEST = 1e-9  # a picture of values below it is a flat line at 0
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 20, 28
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ class _Axes:
 
     @classmethod
     def of(cls, chart: Chart, y_high: float) -> _Axes:
-        high = chart.y_max or y_high or 1.0
+        high = chart.y_max or (y_high if y_high > _SMALLEST else 1.0)
         ends = [chart.xs[0], chart.xs[-1]]
         if chart.x_is_log:
             ends += [marker.x for marker in chart.markers if marker.x > 0]
@@ -179,7 +180,7 @@ def _marker(marker: Marker, axes: _Axes) -> str:
     anchor, shift = ("end", -5) if at > axes.width * 0.6 else ("start", 5)
     return (
         f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
-        f'<text class="mark" x="{at + shift:.1f}" y="{TOP + 9}" text-anchor="{anchor}">'
+        f'<text class="mark" x="{at + shift:.1f}" y="{TOP - 7}" text-anchor="{anchor}">'
         f"{escape(marker.label)}</text>"
     )
 

@@ -32,6 +32,7 @@ class FakeServer:
     port: int = 0
     delay_s: float = 0.0  # before the first token
     gap_s: float = 0.0  # between tokens
+    hold_until_in_flight: int = 0  # no first token before so many requests are here at once
     refuse: Callable[[int], int | None] = lambda number: None  # status to refuse with
     cut_after: Callable[[int], int | None] = lambda number: None  # tokens until the connection is cut
     tokenizer: Callable[[str], int] | None = None  # tokens of a text; None: no such endpoint
@@ -117,6 +118,8 @@ class FakeServer:
         if is_chat:
             self._event(writer, {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
         await asyncio.sleep(self.delay_s)
+        while self.in_flight_max < self.hold_until_in_flight:
+            await asyncio.sleep(0.01)
         cut = self.cut_after(number)
         for index in range(count):
             if cut is not None and index >= cut:
