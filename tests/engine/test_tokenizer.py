@@ -12,8 +12,7 @@ from pathlib import Path
 import gguf
 import pytest
 import tokenizers
-
-from helpers.small_tokenizers import (
+from small_tokenizers import (
     CONTROL_TOKENS,
     finish,
     train_byte_level,
@@ -22,6 +21,7 @@ from helpers.small_tokenizers import (
     write_byte_level_gguf,
     write_sentencepiece_gguf,
 )
+
 from penstock.core.errors import InvalidRequest, ModelFileDamaged, ModelNotAvailable, ModelUnsupported
 from penstock.models.catalogue import ModelSource
 from penstock.models.tokenizer import Tokenizer

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from helpers.small_tokenizers import (
+from small_tokenizers import (
     train_byte_level,
     train_sentencepiece,
     write_byte_level_gguf,
     write_sentencepiece_gguf,
 )
+
 from penstock.core.errors import InvalidRequest
 from penstock.models.catalogue import ModelSource
 from penstock.models.detokenize import MAX_STOP_CHARACTERS, IncrementalDetokenizer, StopMatcher
