@@ -18,7 +18,7 @@ from small_tokenizers import train_byte_level
 
 from penstock.core.errors import InvalidRequest, ModelFileDamaged, PenstockError
 from penstock.models.catalogue import ModelSource
-from penstock.models.chat import DEFAULT_TEMPLATE, ChatTemplate, load_chat_template, template_text
+from penstock.models.chat import DEFAULT_TEMPLATE, ChatTemplate, template_text
 from penstock.models.chat_sandbox import RenderLimits
 from penstock.models.tokenizer import Tokenizer
 
@@ -158,7 +158,7 @@ def test_tools_and_tool_calls_are_those_of_transformers() -> None:
 @pytest.mark.model
 def test_smollm2_brings_the_template_it_was_trained_with(smollm2: ModelSource) -> None:
     assert template_text(smollm2) == SMOLLM2
-    template = load_chat_template(smollm2, Tokenizer.load(smollm2))
+    template = ChatTemplate.load(smollm2, Tokenizer.load(smollm2))
     text = template.render([{"role": "user", "content": "Hi"}])
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
 
@@ -417,7 +417,7 @@ class TestWhereTheTemplateComesFrom:
 
     def test_chatml_when_there_is_none(self, tmp_path: Path) -> None:
         train_byte_level("gpt-2").save(str(tmp_path / "tokenizer.json"))
-        template = load_chat_template(self.source(tmp_path), Tokenizer.load(self.source(tmp_path)))
+        template = ChatTemplate.load(self.source(tmp_path), Tokenizer.load(self.source(tmp_path)))
         assert template.source_text == DEFAULT_TEMPLATE
         text = template.render([{"role": "user", "content": "hi"}])
         assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"

@@ -62,6 +62,15 @@ class ChatTemplate:
         self._environment.globals["strftime_now"] = self._strftime_now
         self._template = _compile(self._environment, source_text)
 
+    @classmethod
+    def load(cls, source: ModelSource, tokenizer: Tokenizer) -> ChatTemplate:
+        """The model's own template, else ChatML. Raises `ModelFileDamaged` for one that is not valid."""
+        return cls(
+            template_text(source) or DEFAULT_TEMPLATE,
+            bos=_control_text(tokenizer, tokenizer.bos_id),
+            eos=_control_text(tokenizer, min(tokenizer.eos_ids, default=None)),
+        )
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -98,15 +107,6 @@ class ChatTemplate:
         if len(format) > MAX_STRFTIME_CHARACTERS:
             raise RenderLimitExceeded("it asked for a date in an endless format")
         return self._now().strftime(format)
-
-
-def load_chat_template(source: ModelSource, tokenizer: Tokenizer) -> ChatTemplate:
-    """The model's own template, else ChatML. Raises `ModelFileDamaged` for one that is not valid."""
-    return ChatTemplate(
-        template_text(source) or DEFAULT_TEMPLATE,
-        bos=_control_text(tokenizer, tokenizer.bos_id),
-        eos=_control_text(tokenizer, min(tokenizer.eos_ids, default=None)),
-    )
 
 
 def template_text(source: ModelSource) -> str | None:
