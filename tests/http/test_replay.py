@@ -22,7 +22,6 @@ from penstock.workloads.shape import ShapeCounts
 from penstock.workloads.target import Endpoint, find_target, open_client
 from penstock.workloads.trace import TraceRow
 
-
 OK, EVENTS = b"HTTP/1.1 200 OK\r\n", b"Content-Type: text/event-stream\r\n"
 
 

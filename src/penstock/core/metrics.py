@@ -1,7 +1,7 @@
 """What Penstock measures, defined once for the live system, the replay client and the twin.
 
 Instants of a request, all on one clock: `arrival` (the gateway has the whole request; in the replay client,
-the moment it is sent), `first` and `last` (its first and last output token), `finish`.
+the moment it was due to be sent), `first` and `last` (its first and last output token), `finish`.
 
     TTFT   first - arrival                             queue wait is part of it
     ITL    gaps between consecutive tokens             one value per token after the first

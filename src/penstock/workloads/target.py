@@ -26,6 +26,10 @@ WORDS_MIN = 32
 # into a connection that is just being closed, which would look like a lost request.
 KEEPALIVE_S = 2.0
 
+# httpcore looks at all connections once for every idle one, each time a request begins or ends: with hundreds
+# of idle connections that takes longer than the request. A few are enough to spare most handshakes.
+KEEPALIVE_CONNECTIONS_MAX = 8
+
 Endpoint = Literal["completions", "chat"]
 
 
@@ -71,7 +75,7 @@ def open_client(base_url: str, api_key: str | None, connections_max: int) -> htt
         trust_env=not _is_loopback(base_url),  # a proxy cannot reach this machine's loopback
         limits=httpx.Limits(
             max_connections=connections_max,
-            max_keepalive_connections=connections_max,
+            max_keepalive_connections=KEEPALIVE_CONNECTIONS_MAX,
             keepalive_expiry=KEEPALIVE_S,
         ),
     )
