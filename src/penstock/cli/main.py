@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from penstock import __version__
+from penstock.cli import model, replay, serve, settings, trace
 from penstock.core.errors import ConfigError, EnvironmentMissing, PenstockError
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_ENVIRONMENT = 0, 1, 2, 3
@@ -32,6 +33,10 @@ def version_option(
     if version:
         print(__version__)
         raise typer.Exit()
+
+
+for _command in (serve, replay, trace, model, settings):
+    _command.register(app)
 
 
 def exit_code_of(error: PenstockError) -> int:
