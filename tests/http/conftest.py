@@ -1,122 +1,14 @@
-"""A gateway over a fake replica, on a real port, in a thread."""
+"""Fixtures of the HTTP tests: gateways of a test's own, and one that a module shares."""
 
 from __future__ import annotations
 
-import asyncio
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from typing import Any
 
-import httpx
-import openai
 import pytest
-from fastapi import FastAPI
+from fake_link import FakeLink
+from served import Running, start
 
-from penstock.core.metrics import RequestOutcome
-from penstock.core.request import Request
 from penstock.core.settings import Settings
-from penstock.gateway.app import create_app
-from penstock.gateway.server import GatewayServer, bind
-from penstock.gateway.switchboard import Switchboard
-
-from .fake_link import FakeLink
-from .fakes import ByteTokenizer, PlainTemplate
-
-WAIT_S = 20.0  # how long a test waits for something that must happen; never a bound on speed
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Poll for a condition that must come true."""
-    deadline_s = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline_s, f"never happened: {what}"
-        time.sleep(0.005)
-
-
-def make_settings(
-    gateway: dict[str, Any] | None = None, desk: dict[str, Any] | None = None, **changes: Any
-) -> Settings:
-    base = Settings()
-    return replace(
-        base,
-        gateway=replace(base.gateway, **{"port": 0, **(gateway or {})}),
-        desk=replace(base.desk, **(desk or {})),
-        **changes,
-    )
-
-
-@dataclass
-class Running:
-    """A served app: its link, its address, and what it has counted."""
-
-    app: FastAPI
-    link: FakeLink
-    server: GatewayServer
-    port: int
-    outcomes: list[tuple[RequestOutcome, Request]]
-    thread: threading.Thread
-    clients: ExitStack = field(default_factory=ExitStack)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def switchboard(self) -> Switchboard:
-        switchboard = self.app.state.gateway.switchboard
-        assert isinstance(switchboard, Switchboard)
-        return switchboard
-
-    def http(self, **options: Any) -> httpx.Client:
-        return self.clients.enter_context(
-            httpx.Client(base_url=self.url, timeout=WAIT_S, trust_env=False, **options)
-        )
-
-    def openai(self, **options: Any) -> openai.OpenAI:
-        http = self.clients.enter_context(httpx.Client(trust_env=False))
-        defaults: dict[str, Any] = {"api_key": "none", "max_retries": 0}
-        return openai.OpenAI(base_url=f"{self.url}/v1", http_client=http, **{**defaults, **options})
-
-    def begin_drain(self) -> None:
-        assert self.server._loop is not None
-        self.server._loop.call_soon_threadsafe(self.server.begin_drain)
-
-    def wait_idle(self) -> None:
-        """Every call answered, every request settled, the engine empty: nothing was lost or left running."""
-        wait_until(lambda: self.switchboard.calls_open == 0, "calls closed")
-        wait_until(lambda: self.switchboard.requests_open == 0, "requests settled")
-        wait_until(lambda: self.link.running_count == 0, "engine empty")
-
-    def stop(self) -> None:
-        self.clients.close()
-        self.server.should_exit = True
-        self.thread.join(WAIT_S)
-        self.link.close(WAIT_S)
-        assert not self.thread.is_alive(), "the server stops"
-
-
-def start(settings: Settings | None = None, link: FakeLink | None = None) -> Running:
-    link = link or FakeLink()
-    settings = settings or make_settings()
-    outcomes: list[tuple[RequestOutcome, Request]] = []
-    app = create_app(
-        link,
-        ByteTokenizer(),
-        PlainTemplate(),
-        settings,
-        on_outcome=lambda outcome, request: outcomes.append((outcome, request)),
-    )
-    urls: list[str] = []
-    server = GatewayServer(app, settings.gateway, on_ready=urls.append)
-    sock = bind("127.0.0.1", 0)
-    sock_port = sock.getsockname()[1]
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve([sock])), name="gateway", daemon=True)
-    thread.start()
-    wait_until(lambda: bool(urls), "the server listens")
-    return Running(app, link, server, sock_port, outcomes, thread)
 
 
 @pytest.fixture
@@ -124,8 +16,10 @@ def serve() -> Iterator[Callable[..., Running]]:
     """Start gateways with settings and links of the test's own; stopped afterwards."""
     started: list[Running] = []
 
-    def serve_one(settings: Settings | None = None, link: FakeLink | None = None) -> Running:
-        started.append(start(settings, link))
+    def serve_one(
+        settings: Settings | None = None, link: FakeLink | None = None, send_bytes: int | None = None
+    ) -> Running:
+        started.append(start(settings, link, send_bytes))
         return started[-1]
 
     yield serve_one

@@ -9,11 +9,10 @@ from collections.abc import Callable
 import httpx
 import openai
 import pytest
+from fake_link import FakeLink, make_info
+from served import Running, make_settings, wait_until
 
 from penstock.core.reasons import CancelReason
-
-from .conftest import Running, make_settings, wait_until
-from .fake_link import FakeLink, make_info
 
 MESSAGES = [{"role": "user", "content": "Name a river."}]
 

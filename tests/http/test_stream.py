@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from fake_link import FakeLink
+from fakes import EOS
+from served import WAIT_S, Running, make_settings, start
 
 from penstock.core.reasons import CancelReason
 from penstock.gateway.schema_out import ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk
-
-from .conftest import WAIT_S, Running, make_settings
-from .fake_link import FakeLink
-from .fakes import EOS
 
 CHAT, LEGACY = "/v1/chat/completions", "/v1/completions"
 HELLO = {"model": "fake", "messages": [{"role": "user", "content": "hello"}], "temperature": 0}
@@ -132,8 +131,6 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.fixture(scope="module")
 def scripted() -> Iterator[Running]:
-    from .conftest import start
-
     running = start(link=FakeLink(scripts=SCRIPTS))
     yield running
     running.stop()

@@ -75,7 +75,7 @@ def create_app(
     _add_generation_routes(app, gateway)
     _add_text_routes(app, gateway)
     _add_status_routes(app, gateway)
-    app.openapi = _openapi_of(app)  # type: ignore[method-assign]
+    app.openapi = _openapi_of(app, gateway.served.model)  # type: ignore[method-assign]
     return app
 
 
@@ -234,7 +234,7 @@ def _add_status_routes(app: FastAPI, gateway: Gateway) -> None:
         return plain.answer_load(gateway)
 
 
-def _openapi_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
+def _openapi_of(app: FastAPI, model: str) -> Callable[[], dict[str, Any]]:
     """The framework's document with our schemas in it, made once."""
 
     def openapi() -> dict[str, Any]:
@@ -242,7 +242,7 @@ def _openapi_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
             document = get_openapi(
                 title=app.title, version=app.version, description=app.description, routes=app.routes
             )
-            app.openapi_schema = complete(document)
+            app.openapi_schema = complete(document, model)
         return app.openapi_schema
 
     return openapi

@@ -68,8 +68,11 @@ def describe(
     if answer is not None:
         content = {"application/json": {"schema": _ref(answer)}}
     if chunk is not None:
-        note = f"Events; each `data:` holds a {chunk.__name__}, the last `[DONE]`."
-        content["text/event-stream"] = {"schema": {"type": "string", "description": note}}
+        note = f"A {chunk.__name__} as JSON, or an ErrorBody if it fails midway; `[DONE]` in the last event."
+        data = {"type": "string", "description": note}
+        content["text/event-stream"] = {
+            "schema": {"type": "object", "properties": {"data": data}, "required": ["data"]}
+        }
     responses: dict[str, Any] = {"200": {"description": "Done.", "content": content}}
     for error in (*errors, *(KEYED_ERRORS if is_keyed else (InternalError,))):
         responses[str(error.status)] = {
@@ -84,18 +87,30 @@ def describe(
     return extra
 
 
-def complete(document: dict[str, Any]) -> dict[str, Any]:
-    """Add the schemas that the routes refer to, and the key scheme."""
+def complete(document: dict[str, Any], model: str) -> dict[str, Any]:
+    """Add the schemas that the routes refer to, the key scheme, and the one model's name."""
     models = [(model, "validation") for model in REQUEST_MODELS]
     models += [(model, "serialization") for model in ANSWER_MODELS]
     _, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     components = document.setdefault("components", {})
     components["schemas"] = definitions["$defs"]
+    for request in REQUEST_MODELS:
+        _name_model(components["schemas"][request.__name__], model)
     components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
     for path in document["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)  # the framework's own; every error here has our shape
     return document
+
+
+def _name_model(schema: dict[str, Any], model: str) -> None:
+    """In a request's schema: the value that `model` may have, also in the examples."""
+    described = schema["properties"]["model"]
+    named = next((each for each in described.get("anyOf", ()) if each.get("type") == "string"), described)
+    named["enum"] = [model]
+    for example in schema["examples"]:
+        if "model" in example:
+            example["model"] = model
 
 
 def _ref(model: type[BaseModel]) -> dict[str, str]:

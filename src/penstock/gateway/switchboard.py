@@ -251,7 +251,7 @@ class Switchboard:
         call.wake()
         is_blocked = call.sending_since_s is not None
         if is_blocked and call.pending_count > self._settings.stream_buffer_tokens_max:
-            self.leave(call, CancelReason.SLOW_CLIENT)
+            self._cut(call)
 
     def _settle(self, choice: Choice, event: Finished, now_s: float) -> None:
         """The engine's last word on a request."""
@@ -341,9 +341,13 @@ class Switchboard:
         if call.sending_since_s is None:
             call.wake()  # its task decides whether a keep-alive is due
         elif now_s - call.sending_since_s > self._settings.write_stall_s:
-            self.leave(call, CancelReason.SLOW_CLIENT)
-            if call.close_connection is not None:
-                call.close_connection()
+            self._cut(call)
+
+    def _cut(self, call: Call) -> None:
+        """The client does not read: end its work and its connection, whose buffers will never empty."""
+        self.leave(call, CancelReason.SLOW_CLIENT)
+        if call.close_connection is not None:
+            call.close_connection()
 
     # Accounts
 
