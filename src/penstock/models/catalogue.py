@@ -121,10 +121,10 @@ def resolve(
         from penstock.models.hub import hub_source
 
         return hub_source(name, offline=offline)
-    path = Path(name).expanduser()
-    if path.exists():
-        return local_source(name, path)
-    raise _unknown(name)
+    path = _existing_path(name)
+    if path is None:
+        raise _unknown(name)
+    return local_source(path)
 
 
 def cache_folder(cache_dir: Path | None = None) -> Path:
@@ -166,10 +166,20 @@ def _catalogue_source(
     return ModelSource(entry.name, "gguf", path, f"wheel {entry.file.requirement}")
 
 
-def local_source(name: str, path: Path) -> ModelSource:
+def _existing_path(name: str) -> Path | None:
+    if not name.strip():
+        return None  # `Path("")` would be the current folder.
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError):  # a name too long for the system, a `~user` that is not there
+        return None
+
+
+def local_source(path: Path) -> ModelSource:
     """A model in a local file or folder; checks what is there without reading any weights."""
     if path.is_dir():
-        return _folder_source(name, path)
+        return _folder_source(path)
     if path.suffix.lower() == ".gguf":
         return ModelSource(path.stem, "gguf", path, "local file")
     if path.suffix.lower() in PICKLE_SUFFIXES:
@@ -180,7 +190,7 @@ def local_source(name: str, path: Path) -> ModelSource:
     )
 
 
-def _folder_source(name: str, path: Path) -> ModelSource:
+def _folder_source(path: Path) -> ModelSource:
     entries = _folder_entries(path)
     suffixes = {entry.suffix.lower() for entry in entries}
     ggufs = sorted(entry for entry in entries if entry.suffix.lower() == ".gguf")
@@ -231,11 +241,11 @@ def _pickle_only(path: Path) -> ModelUnsupported:
 
 
 def _unknown(name: str) -> ModelNotAvailable:
-    near = difflib.get_close_matches(name.lower(), CATALOGUE, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name[:200].lower(), CATALOGUE, n=3, cutoff=0.5)
     if near:
         hint = "Did you mean " + " or ".join(f"`{entry}`" for entry in near) + "?"
     elif name.count("/") == 1 and not name.startswith(("/", ".", "~")):
         hint = f"For a model on the Hugging Face Hub write `{HUB_PREFIX}{name}`."
     else:
         hint = "`penstock model list` shows the catalogue; a path must exist, a Hub model begins with `hf:`."
-    return ModelNotAvailable(f"There is no model `{name}`.", hint=hint)
+    return ModelNotAvailable(f"There is no model `{name[:200]}`.", hint=hint)

@@ -67,7 +67,7 @@ def hub_source(name: str, *, offline: bool) -> ModelSource:
         return _file_source(hub_name, folder / hub_name.file)
     if not list(folder.glob("*.safetensors")):
         raise _no_safetensors(hub_name, offline=offline)
-    source = local_source(name, folder)
+    source = local_source(folder)
     return ModelSource(hub_name.repository, source.kind, source.path, f"Hugging Face Hub, {name}")
 
 
