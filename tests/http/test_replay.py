@@ -249,6 +249,9 @@ def test_chat_prompts_are_fitted_to_the_servers_tokenizer() -> None:
     client = report_of(run).client
     assert client and client.prompt_length_mismatches == 0
     assert {exchange.outcome.prompt_tokens for exchange in run.exchanges} == {9, 40, 333}
+    short = report_of(run_against(server, evenly(1, 0, prompt_tokens=7), endpoint="chat"))
+    assert short.client and short.client.prompt_length_mismatches == 1
+    assert "1 prompts are shorter than the chat template" in " ".join(short.notes)
 
 
 def test_text_without_a_tokenizer_is_called_approximate() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import signal
@@ -276,7 +277,7 @@ class _Job:
 
 
 def _stop_on_interrupt() -> asyncio.Event:
-    """Set by the first Ctrl-C; the second one ends the program at once."""
+    """Set by the first Ctrl-C; the second one ends the program at once, as the first does on Windows."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -284,7 +285,8 @@ def _stop_on_interrupt() -> asyncio.Event:
         stop.set()
         loop.remove_signal_handler(signal.SIGINT)
 
-    loop.add_signal_handler(signal.SIGINT, interrupt)
+    with contextlib.suppress(NotImplementedError):
+        loop.add_signal_handler(signal.SIGINT, interrupt)
     return stop
 
 

@@ -223,10 +223,12 @@ def request_id_of(index: int) -> str:
 def _headers_of(planned: PlannedRequest) -> dict[str, str]:
     """Tenant and class travel in the headers that inference gateways use; servers may ignore them."""
     headers = {"Content-Type": "application/json", "X-Request-Id": request_id_of(planned.index)}
-    if planned.row.tenant != "default" and planned.row.tenant.isascii():
-        headers["x-gateway-inference-fairness-id"] = planned.row.tenant
-    if planned.row.slo_class != "default" and planned.row.slo_class.isascii():
-        headers["x-gateway-inference-objective"] = planned.row.slo_class
+    for header, name in (
+        ("x-gateway-inference-fairness-id", planned.row.tenant),
+        ("x-gateway-inference-objective", planned.row.slo_class),
+    ):
+        if name != "default" and name.isascii() and name.strip() == name:  # what a header can carry
+            headers[header] = name
     return headers
 
 

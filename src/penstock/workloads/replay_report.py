@@ -109,6 +109,12 @@ def _prompts_in_words(run: ReplayRun) -> str:
     return "text of APPROXIMATE length: the server has no usable /tokenize"
 
 
+def _shorter_than_template(run: ReplayRun) -> int:
+    """Text prompts that had no room for a single word."""
+    overhead = 0 if run.text_fit is None else run.text_fit.overhead_tokens
+    return sum(exchange.asked.prompt_tokens <= overhead for exchange in run.exchanges)
+
+
 def _notes(run: ReplayRun, client: ClientFacts, shaping: ShapeCounts) -> list[str]:
     """What somebody must know before believing the numbers."""
     notes = []
@@ -124,6 +130,8 @@ def _notes(run: ReplayRun, client: ClientFacts, shaping: ShapeCounts) -> list[st
             f"{run.over_context} requests asked for more than the server's context; "
             "`--length-divisor` or `--max-prompt-tokens` makes them fit"
         )
+    if too_short := _shorter_than_template(run):
+        notes.append(f"{too_short} prompts are shorter than the chat template allows, and were sent longer")
     if run.text_fit is not None and not run.text_fit.is_exact:
         notes.append("prompt lengths are approximate: the server has no usable /tokenize")
     if run.cap_waits:

@@ -58,11 +58,10 @@ def _pair(*figures: str) -> str:
 def _header(report: Report) -> str:
     chosen = ("url", "model", "created_utc")
     facts = [str(report.configuration[key]) for key in chosen if report.configuration.get(key)]
-    alerts = []
+    shown = "".join(f'<div class="card note">{escape(text)}</div>' for text in report.notes)
     if report.interrupted:
-        alerts.append("The run was interrupted: this report covers what had ended by then.")
-    alerts += report.notes
-    shown = "".join(f'<div class="card alert">{escape(text)}</div>' for text in alerts)
+        text = "The run was interrupted: this report covers what had ended by then."
+        shown = f'<div class="card note bad">{text}</div>{shown}'
     return (
         f'<header><div class="kind">Penstock {escape(report.kind)}</div><h1>{escape(report.title)}</h1>'
         f"<p>{escape(' · '.join(facts))}</p></header>{shown}"

@@ -29,7 +29,8 @@ header p { margin: 0; color: var(--soft); overflow-wrap: anywhere; }
 h2 { margin: 36px 0 12px; font-size: 16px; }
 h3 { margin: 0; font-size: 14px; }
 .card { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; }
-.alert { margin: 18px 0 0; padding: 10px 14px; border-left: 4px solid var(--bad); }
+.note.card { margin: 14px 0 0; padding: 10px 14px; border-left: 4px solid var(--s2); }
+.note.bad { border-left-color: var(--bad); }
 .tiles {
   display: grid; grid-template-columns: repeat(auto-fit, minmax(172px, 1fr)); gap: 12px; margin-top: 22px;
 }
