@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,10 +53,18 @@ def test_azure_2023() -> None:
 
 
 @pytest.mark.shared_data
-def test_azure_2024_published_rows(tmp_path: object) -> None:
-    path = shared_file("azure_llm/azure_2024_published_rows.csv")
-    with pytest.raises(TraceError, match="TIMESTAMP|time"):  # two services in one file go back in time
-        describe(open_trace(path))
+@pytest.mark.parametrize(("service", "days"), [("code", 7), ("conv", 7)])
+def test_azure_2024_published_rows(tmp_path: Path, service: str, days: int) -> None:
+    """First and last rows of each service; one file for both goes back in time, and is refused."""
+    whole = shared_file("azure_llm/azure_2024_published_rows.csv")
+    with pytest.raises(TraceError, match="the time goes back"):
+        describe(open_trace(whole))
+    header, *lines = whole.read_text().splitlines()
+    part = tmp_path / "part.csv"
+    part.write_text("\n".join([header, *(line for line in lines if line.startswith(service))]))
+    found = describe(open_trace(part))
+    assert (found.rows, found.failed) == (10, 0)
+    assert found.span_s == pytest.approx(days * 86_400, abs=1)
 
 
 @pytest.mark.shared_data
