@@ -113,6 +113,15 @@ def test_groups_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_prefix_reuse_counts_leading_blocks_only() -> None:
+    prompts = [(6, (1, 2, 3)), (5, (1, 2, 4)), (3, (1, 5)), (5, (9, 2, 3)), (6, (1, 2, 3))]
+    rows = [TraceRow(0.0, length, 1, block_hashes=ids, block_tokens=2) for length, ids in prompts]
+    found = describe(rows).prefix
+    assert found and (found.blocks, found.blocks_distinct) == (14, 6)
+    assert found.hit_blocks_frac == pytest.approx((0 + 2 + 1 + 0 + 3) / 14)
+    assert found.hit_tokens_frac == pytest.approx((0 + 4 + 2 + 0 + 6) / 25)
+
+
 def test_prefix_memory_is_bounded_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(describe_module, "BLOCKS_TRACKED_MAX", 2)
     rows = [TraceRow(0.0, 2, 1, block_hashes=(i, i + 1), block_tokens=1) for i in range(0, 8, 2)]

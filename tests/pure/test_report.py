@@ -189,6 +189,14 @@ def test_every_picture_is_well_formed() -> None:
         assert all(len(series["y"]) == len(points["x"]) for series in points["series"])
 
 
+def test_chart_data_cannot_end_its_script() -> None:
+    chart = Chart(HOSTILE, HOSTILE, [0, 1], [Series(HOSTILE, "s1", [1, 2])], wording.seconds, wording.number)
+    html = render(chart)
+    assert html.count("</script>") == 1 and "<img" not in html
+    data = re.search(r'<script type="application/json">(.*)</script>', html)
+    assert data and json.loads(data[1])["series"][0]["name"] == HOSTILE
+
+
 @given(
     st.lists(st.floats(0, 1e12) | st.none(), min_size=2, max_size=30),
     st.booleans(),
