@@ -290,6 +290,38 @@ def test_a_decoder_of_another_kind_is_refused(tmp_path: Path) -> None:
         from_folder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        # Without our check this one ends the process: the library slices inside a character.
+        ("continuing_subword_prefix", "\0", ModelUnsupported),
+        ("end_of_word_suffix", "</w>", ModelUnsupported),
+        ("dropout", 0.5, ModelUnsupported),
+        ("type", "Unigram", ModelUnsupported),
+        ("vocab", {"a": -1}, ModelFileDamaged),
+        ("merges", [["no", "such"]], ModelFileDamaged),
+    ],
+)
+def test_a_model_part_that_is_not_sound(
+    field: str, value: object, error: type[Exception], tmp_path: Path
+) -> None:
+    state = json.loads(train_byte_level("gpt-2").to_str())
+    state["model"][field] = value
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(error, match=r"tokenizer\.json"):
+        from_folder(tmp_path)
+
+
+def test_a_contradiction_that_shows_only_while_encoding(tmp_path: Path) -> None:
+    state = json.loads(train_byte_level("gpt-2").to_str())
+    state["model"]["unk_token"] = "<not there>"
+    state["model"]["vocab"].pop("z")
+    state["model"]["merges"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(ModelFileDamaged, match="cannot encode"):
+        from_folder(tmp_path).encode("zzz")
+
+
 def test_ids_without_bound_are_refused(tmp_path: Path) -> None:
     train_byte_level("gpt-2").save(str(tmp_path / "tokenizer.json"))
     state = json.loads((tmp_path / "tokenizer.json").read_text())

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Final
 
-from penstock.core.errors import InvalidRequest
+from penstock.core.errors import InvalidRequest, ModelFileDamaged
 from penstock.models.catalogue import ModelSource
 from penstock.models.tokenizer_parts import Scheme, TokenizerParts
 
@@ -71,7 +71,13 @@ class Tokenizer:
         """
         _refuse_surrogates(text, param)
         backend = self._parts.backend if parse_special else self._literal_backend
-        return list(backend.encode(text, add_special_tokens=add_special).ids)
+        try:
+            return list(backend.encode(text, add_special_tokens=add_special).ids)
+        except Exception as error:  # The library raises nothing narrower.
+            raise ModelFileDamaged(
+                f"The model's tokenizer cannot encode the text: {str(error)[:200]}.",
+                hint="Its files contradict each other; fetch the model again.",
+            ) from error
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True, continues_text: bool = False) -> str:
         """The text of `ids`. Pure. Ids without a token have no text; `check_ids` refuses them.

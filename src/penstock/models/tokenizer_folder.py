@@ -14,7 +14,7 @@ from penstock.models.tokenizer_parts import MAX_VOCABULARY, Scheme, TokenizerPar
 if TYPE_CHECKING:
     import tokenizers
 
-MAX_TOKENIZER_BYTES: Final = 128 << 20
+MAX_TOKENIZER_BYTES: Final = 64 << 20
 MAX_CONFIG_BYTES: Final = 16 << 20
 
 _SENTENCEPIECE_STEPS: Final = frozenset({"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"})
@@ -50,13 +50,10 @@ def _load_backend(path: Path) -> tokenizers.Tokenizer:
             f"`{path.parent}` has no `tokenizer.json`.",
             hint="Write one with transformers: `AutoTokenizer.from_pretrained(…).save_pretrained(folder)`.",
         )
-    if path.stat().st_size > MAX_TOKENIZER_BYTES:
-        raise ModelFileDamaged(
-            f"`{path}` is larger than {MAX_TOKENIZER_BYTES >> 20} MiB; no tokenizer is.",
-            hint="Fetch the file again.",
-        )
+    content = read_json_object(path, MAX_TOKENIZER_BYTES)
+    _check_model(path, content)
     try:
-        backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        backend = tokenizers.Tokenizer.from_str(json.dumps(content))
     except Exception as error:  # The library raises nothing narrower.
         raise ModelFileDamaged(
             f"`{path}` is not a valid tokenizer: {str(error)[:200]}.", hint="Fetch the file again."
@@ -65,6 +62,28 @@ def _load_backend(path: Path) -> tokenizers.Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+def _check_model(path: Path, content: dict[str, Any]) -> None:
+    """Refuses what no model we run uses: other algorithms, random merges, and affixes.
+
+    The library trusts affixes so far that a wrong one ends the whole process, not just the call.
+    """
+    model = content.get("model")
+    if not isinstance(model, dict):
+        raise ModelFileDamaged(f"`{path}` describes no tokenizer model.", hint="Fetch the file again.")
+    kind = model.get("type", "BPE")  # Files from before the field existed are all of this type.
+    if kind != "BPE":
+        raise ModelUnsupported(
+            f"`{path}` has a tokenizer of the type {str(kind)[:40]!r}, which is not read.",
+            hint="Tokenizers of the type `BPE` are.",
+        )
+    for field in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(field):
+            raise ModelUnsupported(
+                f"`{path}` sets `{field}` to {str(model[field])[:40]!r}, which is not supported.",
+                hint="Save the tokenizer without it.",
+            )
 
 
 def _decoding(backend: tokenizers.Tokenizer, folder: Path) -> tuple[Scheme, bool]:
