@@ -34,6 +34,7 @@ from penstock.gateway.inflight import Call
 from penstock.gateway.render import Head, Renderer
 from penstock.gateway.schema import ChatRequest, CompletionRequest, Prompt, Wire
 from penstock.gateway.state import Gateway
+from penstock.gateway.text import MESSAGE_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +84,8 @@ async def answer_chat(request: Request, gateway: Gateway) -> Answer:
         check_stops(body, body.n or 1)
         gateway.switchboard.check_door(body.n or 1, caller.tenant)
         messages = chat_messages(body.messages)
-        size_bytes = sum(len(message["content"]) for message in messages)
-        tokens = await gateway.pool.run(size_bytes, partial(encode_chat, gateway, messages))
+        encode = partial(encode_chat, gateway, messages)
+        tokens = await gateway.pool.run(chat_bytes(messages), encode, gateway.chat_inline_bytes)
         plan = plan_chat(body, tokens, gateway.served, caller, _new_id(ChatRenderer), random.getrandbits(63))
         renderer = ChatRenderer(
             _head(gateway, plan.id),
@@ -122,6 +123,11 @@ async def answer_completion(request: Request, gateway: Gateway) -> Answer:
             has_usage_chunk=plan.has_usage_chunk,
         )
         return _answer(request, gateway, plan, renderer, received.ignored)
+
+
+def chat_bytes(messages: list[dict[str, str]]) -> int:
+    """About how much work a conversation is."""
+    return sum(len(message["content"]) + MESSAGE_BYTES for message in messages)
 
 
 def encode_chat(

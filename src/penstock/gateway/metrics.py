@@ -101,11 +101,13 @@ class GatewayMetrics:
         """The text exposition of everything."""
         return generate_latest(self._outer)
 
-    def token(self, gap_s: float | None) -> None:
-        """One output token arrived, `gap_s` after the one before it (None: the first)."""
-        self._generation_tokens.inc()
-        if gap_s is not None:
-            self._itl.observe(gap_s)
+    def tokens(self, count: int) -> None:
+        """Output tokens of one step arrived."""
+        self._generation_tokens.inc(count)
+
+    def gap(self, gap_s: float) -> None:
+        """A token came `gap_s` after the one before it."""
+        self._itl.observe(gap_s)
 
     def step(self, stats: ReplicaStats) -> None:
         """A step report came in."""

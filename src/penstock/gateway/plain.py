@@ -13,9 +13,10 @@ from penstock import __version__
 from penstock.core.errors import InvalidRequest
 from penstock.gateway.access import check_key
 from penstock.gateway.convert import chat_messages, check_model, check_token_ids
-from penstock.gateway.generate import encode_chat, read_request
+from penstock.gateway.generate import chat_bytes, encode_chat, read_request
 from penstock.gateway.schema import DetokenizeRequest, TokenizeRequest
 from penstock.gateway.state import Gateway
+from penstock.gateway.text import INLINE_BYTES_MAX
 
 METRICS_MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -54,17 +55,18 @@ async def answer_tokenize(request: Request, gateway: Gateway) -> Response:
         check_model(body.model, gateway.served)
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequest("Give either `prompt` or `messages`.", param="prompt")
-        work = partial(_tokenize, gateway, body)
-        size_bytes = len(body.prompt or "") + sum(len(str(each.content)) for each in body.messages or ())
-        return Response(await gateway.pool.run(size_bytes, work), media_type="application/json")
+        messages = chat_messages(body.messages or ())
+        work = partial(_tokenize, gateway, body, messages)
+        size_bytes = len(body.prompt or "") + chat_bytes(messages)
+        inline_bytes = gateway.chat_inline_bytes if messages else INLINE_BYTES_MAX
+        return Response(await gateway.pool.run(size_bytes, work, inline_bytes), media_type="application/json")
 
 
-def _tokenize(gateway: Gateway, body: TokenizeRequest) -> bytes:
+def _tokenize(gateway: Gateway, body: TokenizeRequest, messages: list[dict[str, str]]) -> bytes:
     """The whole answer as JSON: with a large prompt that, too, takes its time."""
     tokenizer = gateway.tokenizer
-    if body.messages is not None:
+    if messages:
         add_generation_prompt = body.add_generation_prompt is not False
-        messages = chat_messages(body.messages)
         tokens = encode_chat(gateway, messages, add_generation_prompt=add_generation_prompt)
     else:
         add_special = body.add_special_tokens is not False

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -33,12 +33,15 @@ OnReady = Callable[[str], None]
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 picks a free one. Raises EnvironmentMissing when the address is taken."""
+    sock = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind, protocol)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
     except OSError as error:
+        if sock is not None:
+            sock.close()
         raise EnvironmentMissing(
             f"Cannot listen on `{host}` port {port}: {error.strerror or error}.",
             hint="Choose another with `--port`; 0 picks a free one.",
@@ -100,15 +103,8 @@ class GatewayServer(uvicorn.Server):
         if self._on_ready is not None and sockets:
             self._on_ready(url_of(sockets[0]))
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Generator[None, None, None]:
-        """As uvicorn's, but the signals are not raised again at the end: the exit code says how it went."""
-        with super().capture_signals():
-            yield
-            self._captured_signals.clear()
-
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """First signal: drain. Second: hurry."""
+        """First signal: drain. Second: hurry. Neither is raised again at the end: the exit code tells."""
         if self._loop is None:
             self.should_exit = True  # still starting
         else:

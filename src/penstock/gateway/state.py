@@ -10,7 +10,7 @@ from penstock.gateway.body import BodyBudget
 from penstock.gateway.convert import Served
 from penstock.gateway.metrics import GatewayMetrics
 from penstock.gateway.switchboard import Switchboard
-from penstock.gateway.text import MakeDetokenizer, Template, Tokenizer, WorkPool
+from penstock.gateway.text import MakeDetokenizer, Template, Tokenizer, WorkPool, inline_bytes_of
 from penstock.replica.messages import ReplicaInfo
 
 UNKNOWN_NAMES_REMEMBERED_MAX = 256
@@ -32,10 +32,12 @@ class Gateway:
     started_s: int
     pool: WorkPool = field(default_factory=WorkPool)
     budget: BodyBudget = field(init=False)
+    chat_inline_bytes: int = field(init=False)  # conversations up to here are rendered on the event loop
     unknown_names: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.budget = BodyBudget(self.settings.gateway.bodies_bytes_max)
+        self.chat_inline_bytes = inline_bytes_of(self.template)
 
     def is_new_unknown(self, name: str) -> bool:
         """Whether to warn of this unknown field: once for each name, and for a bounded number of names."""

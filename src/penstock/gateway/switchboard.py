@@ -221,6 +221,7 @@ class Switchboard:
     def _spread(self, report: StepReport) -> None:
         now_s = self._clock()
         self._metrics.step(report.stats)
+        self._metrics.tokens(sum(isinstance(event, TokenOut) for event in report.events))
         for event in report.events:
             choice = self._choices.get(event.request_id)
             if choice is None:
@@ -239,10 +240,9 @@ class Switchboard:
         if progress.first_token_s is None:
             progress.first_token_s, progress.engine_first_s = now_s, event.at_s
             self._metrics.first_token(now_s - choice.request.arrival_s)
-            self._metrics.token(None)
         else:
             assert progress.engine_last_s is not None
-            self._metrics.token(event.at_s - progress.engine_last_s)
+            self._metrics.gap(event.at_s - progress.engine_last_s)
         progress.last_token_s, progress.engine_last_s = now_s, event.at_s
         call = choice.call
         if choice.is_done or call.gone is not None:

@@ -7,13 +7,19 @@ waiting line is bounded, so that a few huge prompts delay only themselves.
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
-from penstock.core.errors import Overloaded
+from penstock.core.errors import Overloaded, PenstockError
+
+logger = logging.getLogger(__name__)
 
 INLINE_BYTES_MAX = 4096
+INLINE_RENDER_S_MAX = 0.05
+MESSAGE_BYTES = 64  # what a message weighs beside its content
 POOL_THREADS = 2
 POOL_JOBS_MAX = 512
 
@@ -41,7 +47,9 @@ class Tokenizer(Protocol):
 class Template(Protocol):
     """`penstock.models.chat.ChatTemplate`, as far as the gateway uses it."""
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str: ...
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], /, *, add_generation_prompt: bool = True
+    ) -> str: ...
 
 
 class Detokenizer(Protocol):
@@ -58,6 +66,19 @@ MakeDetokenizer = Callable[[tuple[str, ...], bool], Detokenizer]
 """(stop strings, whether the text continues its prompt) → a fresh detokenizer."""
 
 
+def inline_bytes_of(template: Template) -> int:
+    """How long a conversation may be to be rendered in place: none, if even the shortest takes its time.
+
+    A template is code of the model's; one that loops until its limits stop it must not stop the event loop.
+    """
+    began_s = time.thread_time()
+    try:
+        template.render([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
+    except PenstockError as error:
+        logger.warning("the chat template refuses a plain conversation: %s", error.message)
+    return INLINE_BYTES_MAX if time.thread_time() - began_s < INLINE_RENDER_S_MAX else -1
+
+
 class WorkPool:
     """Runs pure CPU work beside the event loop when it is big enough to matter."""
 
@@ -65,9 +86,11 @@ class WorkPool:
         self._threads = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="penstock-text")
         self._jobs = 0
 
-    async def run(self, size_bytes: int, work: Callable[[], Result]) -> Result:
+    async def run(
+        self, size_bytes: int, work: Callable[[], Result], inline_bytes_max: int = INLINE_BYTES_MAX
+    ) -> Result:
         """`work()`, in place when `size_bytes` is small. Raises Overloaded when too much waits already."""
-        if size_bytes <= INLINE_BYTES_MAX:
+        if size_bytes <= inline_bytes_max:
             return work()
         if self._jobs >= POOL_JOBS_MAX:
             raise Overloaded(
