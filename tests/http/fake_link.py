@@ -141,9 +141,16 @@ class FakeLink:
             events = self._step()
             if events:
                 self._report(StepReport(events, self._stats(len(events))))
-            with self._lock:
-                idle = not self._running and not self._arrived and not self._cancelled
-                self._lock.wait(timeout=0.02 if idle else self.step_s)
+            self._pause()
+
+    def _pause(self) -> None:
+        """The rest of a step's time; when idle, until something arrives (beating now and then)."""
+        if self._running:
+            time.sleep(self.step_s)
+            return
+        with self._lock:
+            if not self._arrived and not self._cancelled:
+                self._lock.wait(timeout=0.02)
 
     def _report(self, report: StepReport | ReplicaDied) -> None:
         if self._callback is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import threading
 import time
@@ -121,7 +120,7 @@ def start(
     port = sock.getsockname()[1]
     if send_bytes is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)  # connections inherit it
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve([sock])), name="gateway", daemon=True)
+    thread = threading.Thread(target=server.run, args=([sock],), name="gateway", daemon=True)
     thread.start()
     wait_until(lambda: bool(urls), "the server listens")
     return Running(app, link, server, port, outcomes, thread)

@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,10 @@ import openai
 import pytest
 from fake_link import FakeLink, make_info
 from served import WAIT_S, Running, make_settings, wait_until
+
+from penstock.core.errors import EnvironmentMissing, InvalidRequest
+from penstock.gateway.server import bind
+from penstock.gateway.text import inline_bytes_of
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "fake", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 50, "temperature": 0}
@@ -177,3 +183,43 @@ def test_sigterm_drains_and_a_second_one_does_not_wait(signals: int, tokens: int
 
 def is_unready(url: str) -> bool:
     return httpx.get(url + "/ready", timeout=WAIT_S, trust_env=False).status_code == 503
+
+
+def test_a_taken_port_is_told(gateway: Running) -> None:
+    with pytest.raises(EnvironmentMissing, match=str(gateway.port)):
+        bind("127.0.0.1", gateway.port)
+    with pytest.raises(EnvironmentMissing, match="nowhere.invalid"):
+        bind("nowhere.invalid", 0)
+
+
+class LoopingTemplate:
+    """Takes a tenth of a second of CPU and gives up, as one that its limits stop."""
+
+    def render(self, messages: object, /, *, add_generation_prompt: bool = True) -> str:
+        until_s = time.thread_time() + 0.1
+        while time.thread_time() < until_s:
+            pass
+        raise InvalidRequest("The chat template was stopped.", param="messages")
+
+
+def test_a_template_that_loops_does_not_hold_the_others_up(serve: Callable[..., Running]) -> None:
+    """It is found out at the start and kept off the event loop; legacy completions are served meanwhile."""
+    running = serve()
+    gateway = running.app.state.gateway
+    gateway.template = LoopingTemplate()
+    gateway.chat_inline_bytes = inline_bytes_of(gateway.template)
+    threads: list[str] = []
+    gateway.template.render = record_thread(gateway.template.render, threads)
+    client = running.http()
+    assert client.post(CHAT, json=BODY).status_code == 400
+    assert client.post("/tokenize", json={"messages": BODY["messages"]}).status_code == 400
+    assert len(threads) == 2 and all(name.startswith("penstock-text") for name in threads)
+    assert client.post("/v1/completions", json={"model": "fake", "prompt": "x"}).status_code == 200
+
+
+def record_thread(render: Callable[..., str], threads: list[str]) -> Callable[..., str]:
+    def recorded(*args: object, **options: object) -> str:
+        threads.append(threading.current_thread().name)
+        return render(*args, **options)
+
+    return recorded

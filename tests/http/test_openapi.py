@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import schemathesis
-from fake_link import FakeLink
+from fake_link import FakeLink, make_info
 from hypothesis import HealthCheck, Phase, given
 from hypothesis import settings as hypothesis_settings
 from schemathesis import Case, GenerationMode
@@ -30,7 +30,7 @@ BODIES = {
 
 @pytest.fixture(scope="module")
 def fuzzed() -> Iterator[Running]:
-    running = start(link=FakeLink(step_s=0.0))
+    running = start(link=FakeLink(step_s=0.0, info=make_info(context_len_max=256)))
     yield running
     running.wait_idle()
     assert running.http().get("/health").status_code == 200
