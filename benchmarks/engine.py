@@ -29,6 +29,7 @@ from penstock.engine.executor import TorchExecutor
 from penstock.engine.kv_store import KVStore
 from penstock.engine.linear_cpu import CpuLinearBackend
 from penstock.engine.model import DecoderModel
+from penstock.engine.threads import Threads
 from penstock.models.catalogue import resolve
 from penstock.models.config import weight_shapes
 from penstock.policies.stack import make_stack
@@ -37,6 +38,7 @@ from penstock.replica.replica import Replica, ReplicaLimits
 MODEL = "smollm2-135m-instruct"
 DTYPE = torch.bfloat16
 BLOCK_TOKENS = 16
+THREADS = Threads(len(os.sched_getaffinity(0)))
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,15 @@ def prompts(case: Case) -> list[list[int]]:
 class Ours:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._model = DecoderModel.load(
-            checkpoint, dtype=DTYPE, device=torch.device("cpu"), linear=CpuLinearBackend()
+            checkpoint, dtype=DTYPE, device=torch.device("cpu"), linear=CpuLinearBackend(THREADS)
         )
         blocks = (
             max(c.streams * (c.prompt_tokens + c.output_tokens + BLOCK_TOKENS) for c in CASES) // BLOCK_TOKENS
         )
         self._limits = ReplicaLimits(blocks + 64, BLOCK_TOKENS, 64, 512, 8192)
         store = KVStore(self._model.config, self._limits.kv_blocks, BLOCK_TOKENS, DTYPE, torch.device("cpu"))
-        attention = make_attention(self._model.config, store, torch.get_num_threads())
-        self._executor = TorchExecutor(self._model, store, attention)
+        attention = make_attention(self._model.config, store, THREADS)
+        self._executor = TorchExecutor(self._model, store, attention, THREADS)
 
     def run(self, case: Case) -> Measured:
         limits = ReplicaLimits(self._limits.kv_blocks, BLOCK_TOKENS, case.streams, 512, 8192)
@@ -153,7 +155,7 @@ def main() -> None:
     parser.add_argument("--ours-only", action="store_true", help="skip transformers")
     parser.add_argument("--write", action="store_true", help="renew benchmarks/RESULTS.md")
     arguments = parser.parse_args()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(THREADS.most)
     checkpoint = open_checkpoint(resolve(MODEL))
     engines: dict[str, Callable[[Case], Measured]] = {"penstock": Ours(checkpoint).run}
     if not arguments.ours_only:
@@ -167,9 +169,7 @@ def main() -> None:
             for name, run in engines.items():
                 measured = run(case)
                 found.setdefault((name, case.name), []).append(measured)
-                print(
-                    f"round {round_index} {case.name:<11} {name:<13} {measured.output_tokens_per_s:7.1f}"
-                )
+                print(f"round {round_index} {case.name:<11} {name:<13} {measured.output_tokens_per_s:7.1f}")
     table = _table(found, list(engines))
     print("\n" + table)
     if arguments.write:

@@ -11,6 +11,7 @@ from torch import Tensor
 from penstock.engine.attention import AttentionBackend, PagedCpuAttention, SequenceRows, TorchAttention
 from penstock.engine.kernels import load_kernels
 from penstock.engine.kv_store import KVStore
+from penstock.engine.threads import Threads
 from penstock.models.config import ModelConfig, RopeConfig
 
 LENGTHS = (1, 15, 16, 17, 100, 300)
@@ -43,7 +44,7 @@ def backend_of(name: str, config: ModelConfig, store: KVStore) -> AttentionBacke
     kernels = load_kernels()
     if kernels is None:
         pytest.skip("the compiled kernels are not built here")
-    return PagedCpuAttention(config, store, kernels, threads=2)
+    return PagedCpuAttention(config, store, kernels, Threads(2))
 
 
 def textbook(config: ModelConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -131,7 +132,7 @@ def test_the_kernels_refuse_shapes_they_do_not_take(change: dict[str, int]) -> N
 
     config = replace(config_of(2, 1, 32, None, None), **change)
     store = KVStore(config, 4, 16, torch.float32, torch.device("cpu"))
-    assert make_attention(config, store, 1).name == "torch"
+    assert make_attention(config, store, Threads(1)).name == "torch"
 
 
 def test_extreme_scores_stay_finite() -> None:

@@ -15,8 +15,11 @@ from penstock.engine.executor import TorchExecutor
 from penstock.engine.kv_store import KVStore
 from penstock.engine.linear_cpu import CpuLinearBackend
 from penstock.engine.model import DecoderModel
+from penstock.engine.threads import Threads
 from penstock.models.config import weight_shapes
 from penstock.models.config_hf import from_hf
+
+THREADS = Threads(2)  # steps of few rows on one thread, larger ones on two: both occur
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -65,7 +68,7 @@ class TinyEngine:
     def __init__(self, source: Source, dtype: torch.dtype, attention: str) -> None:
         self.dtype, self.attention = dtype, attention
         self.model = DecoderModel.load(
-            open_checkpoint(source), dtype=dtype, device=torch.device("cpu"), linear=CpuLinearBackend()
+            open_checkpoint(source), dtype=dtype, device=torch.device("cpu"), linear=CpuLinearBackend(THREADS)
         )
 
     def executor(self, kv_blocks: int, block_tokens: int = 16) -> TorchExecutor:
@@ -76,6 +79,6 @@ class TinyEngine:
         if self.attention == "torch":
             backend = TorchAttention(self.model.config, store)
         else:
-            backend = make_attention(self.model.config, store, threads=2)
+            backend = make_attention(self.model.config, store, THREADS)
             assert backend.name == self.attention, "the kernels were not built"
-        return TorchExecutor(self.model, store, backend)
+        return TorchExecutor(self.model, store, backend, THREADS)

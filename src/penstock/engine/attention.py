@@ -16,6 +16,7 @@ from torch import Tensor
 from penstock.engine.kernels import AttendArgs, Kernels, load_kernels
 from penstock.engine.kv_store import KVStore
 from penstock.engine.model import LayerAttention
+from penstock.engine.threads import Threads
 from penstock.models.config import ModelConfig
 
 
@@ -38,7 +39,7 @@ class AttentionBackend(Protocol):
     def plan(self, items: Sequence[SequenceRows]) -> LayerAttention: ...
 
 
-def make_attention(config: ModelConfig, store: KVStore, threads: int) -> AttentionBackend:
+def make_attention(config: ModelConfig, store: KVStore, threads: Threads) -> AttentionBackend:
     """The compiled kernels where they take this model, this page size and this device; torch otherwise."""
     kernels = load_kernels()
     fits = config.head_dim % 16 == 0 and config.head_dim <= 256 and store.block_tokens % 16 == 0
@@ -62,14 +63,15 @@ class PagedCpuAttention:
 
     name = "paged-cpu"
 
-    def __init__(self, config: ModelConfig, store: KVStore, kernels: Kernels, threads: int) -> None:
+    def __init__(self, config: ModelConfig, store: KVStore, kernels: Kernels, threads: Threads) -> None:
         self._config = config
         self._store = store
         self._kernels = kernels
         self._threads = threads
 
     def plan(self, items: Sequence[SequenceRows]) -> LayerAttention:
-        return _PagedStep(self._config, self._store, self._kernels, self._threads, items)
+        rows = sum(item.count for item in items)
+        return _PagedStep(self._config, self._store, self._kernels, self._threads.count_for(rows), items)
 
 
 class _PagedStep:

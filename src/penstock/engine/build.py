@@ -23,6 +23,7 @@ from penstock.engine.linear import LinearBackend, PlainLinearBackend
 from penstock.engine.linear_cpu import CpuLinearBackend
 from penstock.engine.memory import kv_block_count
 from penstock.engine.model import DecoderModel
+from penstock.engine.threads import Threads
 from penstock.models.config import ModelConfig, ModelFiles
 from penstock.replica.messages import ReplicaInfo
 from penstock.replica.replica import ReplicaLimits
@@ -56,20 +57,21 @@ def build_engine(settings: Settings, source: ModelFiles, model_name: str, stages
     """Load everything. Raises ModelError, ConfigError or EnvironmentMissing."""
     replica = settings.replica
     device = choose_device(replica.device)
-    threads = choose_threads(replica.threads)
-    torch.set_num_threads(threads)
+    threads = Threads(choose_threads(replica.threads))
     with stages.timed("weights"):
         checkpoint = open_checkpoint(source)
         config = checkpoint.config
         dtype = choose_dtype(replica.dtype, device, config)
-        model = DecoderModel.load(checkpoint, dtype=dtype, device=device, linear=_linear_backend(device))
+        model = DecoderModel.load(
+            checkpoint, dtype=dtype, device=device, linear=_linear_backend(device, threads)
+        )
     with stages.timed("kv_pool"):
         per_block = block_bytes(config, replica.kv_block_tokens, dtype)
         blocks = kv_block_count(replica.kv_memory, per_block, device)
         limits = _limits(replica, config, blocks)
         model.reserve_positions(limits.context_len_max)
         store = KVStore(config, blocks, replica.kv_block_tokens, dtype, device)
-    executor = TorchExecutor(model, store, make_attention(config, store, threads))
+    executor = TorchExecutor(model, store, make_attention(config, store, threads), threads)
     info = ReplicaInfo(
         engine="0",
         model=model_name,
@@ -127,8 +129,8 @@ def _cpu_multiplies_bf16() -> bool:
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
 
 
-def _linear_backend(device: torch.device) -> LinearBackend:
-    return CpuLinearBackend() if device.type == "cpu" else PlainLinearBackend()
+def _linear_backend(device: torch.device, threads: Threads) -> LinearBackend:
+    return CpuLinearBackend(threads) if device.type == "cpu" else PlainLinearBackend()
 
 
 def _limits(replica: ReplicaSettings, config: ModelConfig, kv_blocks: int) -> ReplicaLimits:

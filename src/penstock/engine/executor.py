@@ -18,6 +18,7 @@ from penstock.engine.attention import AttentionBackend, SequenceRows
 from penstock.engine.kv_store import KVStore
 from penstock.engine.model import DecoderModel
 from penstock.engine.sampling import SamplingRow, sample, token_logprobs
+from penstock.engine.threads import Threads
 
 PROMPT_LOGPROB_ROWS = 64  # logits of so many prompt rows exist at once
 
@@ -40,10 +41,13 @@ class _Live:
 class TorchExecutor:
     """Runs plans on a model. Not thread-safe: plans come one after the other."""
 
-    def __init__(self, model: DecoderModel, store: KVStore, attention: AttentionBackend) -> None:
+    def __init__(
+        self, model: DecoderModel, store: KVStore, attention: AttentionBackend, threads: Threads
+    ) -> None:
         self._model = model
         self._store = store
         self._attention = attention
+        self._threads = threads
         self._device = store.k.device
         self._live: dict[int, _Live] = {}
 
@@ -62,6 +66,7 @@ class TorchExecutor:
             self._store.release(seq_id)
         for start in plan.starts:
             self._begin(start)
+        self._threads.use_for(plan.token_count)
         hidden = self._forward(plan.items)
         result = self._sample(plan.items, hidden)
         result.duration_s = time.perf_counter() - began_s

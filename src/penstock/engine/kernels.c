@@ -85,53 +85,93 @@ static inline vec exp_nonpositive(vec x) {
     return (vec)(bits & ~under);
 }
 
+static inline vec larger(vec a, vec b) {
+    ivec first = a > b;
+    return (vec)(((ivec)a & first) | ((ivec)b & ~first));
+}
+
 static inline float reduce_max(vec x) {
-    float best = x[0];
-    for (int i = 1; i < LANES; i++) best = x[i] > best ? x[i] : best;
-    return best;
+    x = larger(x, __builtin_shuffle(x, (ivec){8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7}));
+    x = larger(x, __builtin_shuffle(x, (ivec){4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11}));
+    x = larger(x, __builtin_shuffle(x, (ivec){2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13}));
+    return x[0] > x[1] ? x[0] : x[1];
 }
 
 static inline float reduce_sum(vec x) {
-    float part[8];
-    for (int i = 0; i < 8; i++) part[i] = x[i] + x[i + 8];
-    return ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
+    x += __builtin_shuffle(x, (ivec){8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
+    x += __builtin_shuffle(x, (ivec){4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
+    x += __builtin_shuffle(x, (ivec){2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
+    return x[0] + x[1];
 }
 
 typedef struct {
-    float m, l;
+    float m, l; /* running maximum, and sum of weights relative to it */
 } softmax_state;
 
-/* One (row, head) takes in keys [low, high) of a group of 16. */
-static inline void take_group(const float *q, const float *k, const float *v, float *acc, softmax_state *state,
-                              int64_t head_dim, int low, int high, float softcap) {
-    vec s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
-    for (int64_t d = 0; d < head_dim; d += 4) {
-        s0 += q[d] * *(const vec *)(k + d * LANES);
-        s1 += q[d + 1] * *(const vec *)(k + (d + 1) * LANES);
-        s2 += q[d + 2] * *(const vec *)(k + (d + 2) * LANES);
-        s3 += q[d + 3] * *(const vec *)(k + (d + 3) * LANES);
-    }
-    vec s = (s0 + s1) + (s2 + s3);
-    if (softcap > 0.0f)
-        for (int i = 0; i < LANES; i++) s[i] = softcap * tanhf(s[i] / softcap);
-    const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+/* 16 keys and values at once, under one KV head: bf16 in the page, or float32 copied from it. */
+typedef struct {
+    const void *k, *v;
+    int64_t k_stride; /* elements from one feature of the keys to the next */
+} key_group;
+
+/* The `heads` query heads of one row take in keys [low, high) of a group. `heads`, `wide` (64 features at a
+ * time) and `is_bf16` are constants where this is inlined; they change no result, only what stays in registers. */
+static inline __attribute__((always_inline)) void take_group(const int heads, const int is_bf16, const int wide,
+                                                             const key_group *keys, const float *q, float *acc,
+                                                             softmax_state *state, int64_t dim, int low, int high,
+                                                             float softcap) {
     const vec zero = {0};
-    vec nothing = zero - INFINITY;
-    ivec seen = (lane >= low) & (lane < high);
-    s = (vec)(((ivec)s & seen) | ((ivec)nothing & ~seen));
-    float m = reduce_max(s);
-    m = m > state->m ? m : state->m;
-    float keep = state->m == m ? 1.0f : expf(state->m - m);
-    vec p = exp_nonpositive(s - m);
-    state->l = state->l * keep + reduce_sum(p);
-    state->m = m;
-    float weight[LANES];
-    *(vec *)weight = p;
-    for (int64_t d = 0; d < head_dim; d += LANES) {
-        vec a = *(vec *)(acc + d) * keep;
-        for (int j = low; j < high; j++) a += weight[j] * *(const vec *)(v + j * head_dim + d);
-        *(vec *)(acc + d) = a;
+    const ivec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const ivec seen = (lane >= low) & (lane < high);
+    vec part[heads][4];
+    float weight[heads][LANES], keep[heads];
+    for (int h = 0; h < heads; h++)
+        for (int i = 0; i < 4; i++) part[h][i] = zero;
+    for (int64_t d = 0; d < dim; d += 4)
+        for (int i = 0; i < 4; i++) {
+            vec k = load(keys->k, (d + i) * keys->k_stride, is_bf16);
+            for (int h = 0; h < heads; h++) part[h][i] += q[h * dim + d + i] * k;
+        }
+    for (int h = 0; h < heads; h++) {
+        vec s = (part[h][0] + part[h][1]) + (part[h][2] + part[h][3]);
+        if (softcap > 0.0f)
+            for (int i = 0; i < LANES; i++) s[i] = softcap * tanhf(s[i] / softcap);
+        s = (vec)(((ivec)s & seen) | ((ivec)(zero - INFINITY) & ~seen));
+        float m = reduce_max(s);
+        m = m > state[h].m ? m : state[h].m;
+        keep[h] = state[h].m == m ? 1.0f : expf(state[h].m - m);
+        vec p = exp_nonpositive(s - m);
+        state[h].l = state[h].l * keep[h] + reduce_sum(p);
+        state[h].m = m;
+        *(vec *)weight[h] = p;
     }
+    const int chunks = wide ? 4 : 1;
+    for (int64_t d = 0; d < dim; d += chunks * LANES) {
+        vec a[heads][chunks];
+        for (int h = 0; h < heads; h++)
+            for (int c = 0; c < chunks; c++) a[h][c] = *(vec *)(acc + h * dim + d + c * LANES) * keep[h];
+        for (int j = low; j < high; j++)
+            for (int c = 0; c < chunks; c++) {
+                vec v = load(keys->v, j * dim + d + c * LANES, is_bf16);
+                for (int h = 0; h < heads; h++) a[h][c] += weight[h][j] * v;
+            }
+        for (int h = 0; h < heads; h++)
+            for (int c = 0; c < chunks; c++) *(vec *)(acc + h * dim + d + c * LANES) = a[h][c];
+    }
+}
+
+/* One row, all its query heads under one KV head, `group` of them, a few at a time. */
+static inline __attribute__((always_inline)) void take_group_row(const int is_bf16, const int wide, int64_t group,
+                                                                 const key_group *keys, const float *q, float *acc,
+                                                                 softmax_state *state, int64_t dim, int low, int high,
+                                                                 float softcap) {
+    int64_t h = 0;
+    for (; h + 3 <= group; h += 3)
+        take_group(3, is_bf16, wide, keys, q + h * dim, acc + h * dim, state + h, dim, low, high, softcap);
+    for (; h + 2 <= group; h += 2)
+        take_group(2, is_bf16, wide, keys, q + h * dim, acc + h * dim, state + h, dim, low, high, softcap);
+    for (; h < group; h++)
+        take_group(1, is_bf16, wide, keys, q + h * dim, acc + h * dim, state + h, dim, low, high, softcap);
 }
 
 /* Rows [row, row + rows) of one item under one KV head. */
@@ -140,6 +180,10 @@ static void attend_tile(const attend_args *a, int64_t item, int64_t kv_head, int
     const int64_t first_row = a->items[item * 3], first_pos = a->items[item * 3 + 2];
     const int32_t *table = a->tables + a->table_offsets[item];
     const int64_t states = rows * group;
+    const int is_wide = dim % (4 * LANES) == 0;
+    const int element_bytes = a->is_bf16 ? 2 : 4;
+    /* A single row reads bf16 straight from the page; several share one copy in float32. */
+    const int copies = a->is_bf16 && rows > 1, reads_bf16 = a->is_bf16 && !copies;
     static _Thread_local float q[TILE_STATES_MAX * HEAD_DIM_MAX] __attribute__((aligned(64)));
     static _Thread_local float acc[TILE_STATES_MAX * HEAD_DIM_MAX] __attribute__((aligned(64)));
     static _Thread_local float k[HEAD_DIM_MAX * LANES] __attribute__((aligned(64)));
@@ -158,14 +202,29 @@ static void attend_tile(const attend_args *a, int64_t item, int64_t kv_head, int
         const int64_t block = table[base / per_block], slot = base % per_block;
         const int64_t k_at = (block * a->kv_heads + kv_head) * dim * per_block + slot;
         const int64_t v_at = ((block * a->kv_heads + kv_head) * per_block + slot) * dim;
-        for (int64_t d = 0; d < dim; d++) *(vec *)(k + d * LANES) = load(a->k_pages, k_at + d * per_block, a->is_bf16);
-        for (int64_t i = 0; i < LANES * dim; i += LANES) *(vec *)(v + i) = load(a->v_pages, v_at + i, a->is_bf16);
-        for (int64_t i = 0; i < states; i++) {
-            const int64_t pos = low_pos + i / group;
+        key_group keys = {(const char *)a->k_pages + k_at * element_bytes,
+                          (const char *)a->v_pages + v_at * element_bytes, per_block};
+        if (copies) {
+            for (int64_t d = 0; d < dim; d++) *(vec *)(k + d * LANES) = load(keys.k, d * per_block, 1);
+            for (int64_t i = 0; i < LANES * dim; i += LANES) *(vec *)(v + i) = load(keys.v, i, 1);
+            keys = (key_group){k, v, LANES};
+        }
+        for (int64_t r = 0; r < rows; r++) {
+            const int64_t pos = low_pos + r;
             int64_t low = a->window > 0 ? pos - a->window + 1 - base : 0, high = pos + 1 - base;
             low = low > 0 ? low : 0;
             high = high < LANES ? high : LANES;
-            if (low < high) take_group(q + i * dim, k, v, acc + i * dim, &soft[i], dim, low, high, a->softcap);
+            if (low >= high) continue;
+            float *row_q = q + r * group * dim, *row_acc = acc + r * group * dim;
+            softmax_state *row_soft = soft + r * group;
+            if (reads_bf16 && is_wide)
+                take_group_row(1, 1, group, &keys, row_q, row_acc, row_soft, dim, low, high, a->softcap);
+            else if (reads_bf16)
+                take_group_row(1, 0, group, &keys, row_q, row_acc, row_soft, dim, low, high, a->softcap);
+            else if (is_wide)
+                take_group_row(0, 1, group, &keys, row_q, row_acc, row_soft, dim, low, high, a->softcap);
+            else
+                take_group_row(0, 0, group, &keys, row_q, row_acc, row_soft, dim, low, high, a->softcap);
         }
     }
     for (int64_t i = 0; i < states; i++) {

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from penstock.engine.linear import PackedLinear
+from penstock.engine.threads import Threads
 
 _ROWS_TRIED: Final = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 64, 65, 100, 128, 129, 192)
 _ROWS_MIN_TRIED: Final = (1, 16, 32)
@@ -49,7 +50,8 @@ class CpuLinearBackend:
 
     name = "cpu"
 
-    def __init__(self) -> None:
+    def __init__(self, threads: Threads) -> None:
+        self._threads = threads
         self._rows_min: dict[tuple[torch.dtype, int, int], int | None] = {}
 
     @property
@@ -62,7 +64,7 @@ class CpuLinearBackend:
         multiply = _multiplier(weight, bias)
         shape = (weight.dtype, weight.shape[0], weight.shape[1])
         if shape not in self._rows_min:
-            self._rows_min[shape] = measure_rows_min(multiply, weight.shape[1], weight.dtype)
+            self._rows_min[shape] = measure_rows_min(multiply, weight.shape[1], weight.dtype, self._threads)
         weight_bytes = weight.nbytes + (0 if bias is None else bias.nbytes)
         return CpuLinear(multiply, weight_bytes, self._rows_min[shape])
 
@@ -78,12 +80,20 @@ def _multiplier(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tenso
 
 
 @torch.inference_mode()
-def measure_rows_min(multiply: Callable[[Tensor], Tensor], columns: int, dtype: torch.dtype) -> int | None:
-    """The least row count from which results do not depend on it; None if there is none among those tried."""
+def measure_rows_min(
+    multiply: Callable[[Tensor], Tensor], columns: int, dtype: torch.dtype, threads: Threads
+) -> int | None:
+    """The least row count from which results do not depend on it; None if there is none among those tried.
+
+    Each call uses the threads that a step of so many rows will use, so that these are compared as well.
+    """
+
+    def run(x: Tensor) -> Tensor:
+        threads.use_for(len(x))
+        return multiply(x)
+
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(max(_ROWS_TRIED) + 8, columns, generator=generator).to(dtype)
-    whole = multiply(x)
-    unequal = [
-        rows for rows in _ROWS_TRIED if not torch.equal(multiply(x[8 : 8 + rows]), whole[8 : 8 + rows])
-    ]
+    whole = run(x)
+    unequal = [rows for rows in _ROWS_TRIED if not torch.equal(run(x[8 : 8 + rows]), whole[8 : 8 + rows])]
     return next((rows_min for rows_min in _ROWS_MIN_TRIED if all(r < rows_min for r in unequal)), None)

@@ -24,6 +24,7 @@ from penstock.core.events import Finished, ReplicaEvent
 from penstock.core.reasons import CancelReason, FinishReason
 from penstock.core.request import Request
 from penstock.core.settings import Settings
+from penstock.engine.threads import wait_asleep
 from penstock.models.catalogue import ModelSource
 from penstock.policies.stack import make_stack
 from penstock.replica.messages import ReplicaInfo, StepReport
@@ -103,6 +104,7 @@ def _start(
     source: ModelSource,
     model_name: str,
 ) -> _Loop:
+    wait_asleep()
     began_s = time.perf_counter()
     from penstock.engine.build import Stages, build_engine
 
