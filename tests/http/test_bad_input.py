@@ -308,3 +308,24 @@ def test_a_request_that_fails_in_the_engine_is_a_500(serve: Callable[..., Runnin
     assert answer.status_code == 500 and answer.json()["error"]["code"] == "internal_error"
     assert running.http().post(CHAT, json=GOOD_CHAT).status_code == 200
     running.wait_idle()
+
+
+def test_too_many_bytes_of_bodies_are_shed(serve: Callable[..., Running]) -> None:
+    running = serve(make_settings(gateway={"bodies_bytes_max": 2048}))
+    answer = running.http().post(LEGACY, json={**GOOD_LEGACY, "prompt": "x" * 3000})
+    assert answer.status_code == 503 and answer.json()["error"]["code"] == "overloaded"
+    assert running.http().post(LEGACY, json=GOOD_LEGACY).status_code == 200
+    assert running.app.state.gateway.budget.bytes_held == 0
+
+
+def test_a_callers_own_limit_is_429(serve: Callable[..., Running]) -> None:
+    running = serve(make_settings(desk={"tenant_requests_max": 2}), FakeLink(step_s=0.01))
+    with running.http().stream("POST", CHAT, json={**GOOD_CHAT, "max_tokens": 2000, "stream": True}):
+        answer = running.http().post(CHAT, json={**GOOD_CHAT, "n": 2})
+        assert answer.status_code == 429
+        assert answer.json()["error"]["code"] == "concurrency_limit_exceeded"
+        assert answer.json()["error"]["type"] == "rate_limit_error"
+        assert int(answer.headers["retry-after"]) >= 1 and answer.headers["x-should-retry"] == "true"
+    never = running.http().post(CHAT, json={**GOOD_CHAT, "n": 3})
+    assert_error(never, 400, "n", "request_exceeds_capacity")
+    running.wait_idle()

@@ -110,9 +110,10 @@ class GatewayMetrics:
         self._itl.observe(gap_s)
 
     def step(self, stats: ReplicaStats) -> None:
-        """A step report came in."""
+        """A report came in. Not every one tells of a new step: a cancelled request makes one too."""
+        is_new_step = stats.step_index != self.engine.stats.step_index
         self.engine.stats = stats
-        if stats.step_tokens:
+        if is_new_step and stats.step_tokens:
             self._step_tokens.observe(stats.step_tokens)
             self._step.observe(stats.step_s)
             self._schedule.observe(stats.schedule_s)
