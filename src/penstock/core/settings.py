@@ -27,15 +27,16 @@ class ReplicaSettings:
     count: int = setting(1, "replicas to start", low=1, high=1)
     device: str = setting("auto", "`auto`, `cpu` or `cuda`")
     dtype: str = setting("auto", "`auto`, `bfloat16`, `float16` or `float32`")
-    threads: int = setting(
-        0, "CPU threads of the engine; 0 takes all cores but leaves one for the gateway", low=0, high=1024
-    )
+    threads: int = setting(0, "CPU threads of the engine; 0 takes every core it may run on", low=0, high=1024)
     kv_memory: str = setting("auto", "KV pool size, for example `2GiB`; `auto` takes a share of what is free")
     kv_block_tokens: int = setting(16, "tokens in a KV block", low=1, high=1024)
     context_len: int = setting(0, "longest prompt + output served; 0 takes the model's", low=0, high=1 << 24)
     running_max: int = setting(64, "sequences that may run at once", low=1, high=4096)
     step_tokens: int = setting(512, "token budget of one step", low=1, high=1 << 20)
     prefix_cache: bool = setting(True, "reuse KV of shared prefixes")
+    check_invariants_steps: int = setting(
+        0, "check the replica's own books every so many steps, and die when they are wrong; 0: never", low=0
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class GatewaySettings:
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "port to listen on; 0 picks a free one", low=0, high=65535)
     api_keys: tuple[str, ...] = setting(
-        tuple, "accepted bearer keys (`PENSTOCK_API_KEYS`, comma separated); none: open"
+        tuple, "accepted bearer keys, comma separated in the environment; none: open"
     )
     drain_timeout_s: float = setting(30.0, "how long running streams may finish after SIGTERM", low=0.0)
     stall_s: float = setting(30.0, "without an engine heartbeat for so long, /health says stuck", low=0.1)

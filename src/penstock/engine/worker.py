@@ -192,7 +192,14 @@ class _Loop:
         done_s = time.perf_counter()
         events = self._replica.complete(plan, result, time.monotonic())
         self._replica.stats().schedule_s = schedule_s + time.perf_counter() - done_s
+        self._check_invariants(plan.index)
         return events
+
+    def _check_invariants(self, step_index: int) -> None:
+        """A debugging aid, off by default: an engine whose books are wrong must not go on."""
+        every_steps = self._settings.replica.check_invariants_steps
+        if every_steps and step_index % every_steps == 0:
+            self._replica.check_invariants()
 
     def _recover(self, error: Exception) -> list[ReplicaEvent]:
         """Answer everything as failed and start from empty KV; a step that fails again and again is fatal."""
