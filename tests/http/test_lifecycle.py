@@ -142,7 +142,7 @@ from penstock.gateway.server import run_gateway
 from served import make_settings
 from fake_link import FakeLink
 from fakes import ByteTokenizer, PlainTemplate
-settings = make_settings(gateway={"drain_timeout_s": 60.0})
+settings = make_settings(gateway={"drain_timeout_s": 600.0})
 link = FakeLink(step_s=0.02)
 app = create_app(link, ByteTokenizer(), PlainTemplate(), settings)
 sys.exit(run_gateway(app, settings, on_ready=lambda url: print(url, flush=True)))

@@ -74,6 +74,17 @@ def test_usage_is_null_in_every_chunk_but_the_last(gateway: Running) -> None:
     assert sum(not event["choices"] for event in events) == 1, "one usage chunk for all choices"
 
 
+def scores_of(choice: dict[str, Any]) -> list[Any]:
+    """One entry a token, of either wire form."""
+    scores = choice["logprobs"]
+    if not scores:
+        return []
+    if "content" in scores:
+        return list(scores["content"])
+    columns = (scores[name] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"))
+    return list(zip(*columns, strict=True))
+
+
 def fold_chat(events: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     folded: dict[int, dict[str, Any]] = {}
     for event in events:
@@ -82,9 +93,7 @@ def fold_chat(events: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
                 choice["index"], {"text": "", "scored": [], "finish": None, "stop": None}
             )
             whole["text"] += choice["delta"].get("content", "") if "delta" in choice else choice["text"]
-            if choice["logprobs"]:
-                scored = choice["logprobs"]
-                whole["scored"] += scored["content"] if "content" in scored else scored["tokens"]
+            whole["scored"] += scores_of(choice)
             if choice["finish_reason"] is not None:
                 assert whole["finish"] is None, "one finish a choice"
                 whole["finish"], whole["stop"] = choice["finish_reason"], choice["stop_reason"]
@@ -94,10 +103,9 @@ def fold_chat(events: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
 def whole_of(answer: dict[str, Any]) -> dict[int, dict[str, Any]]:
     folded = {}
     for choice in answer["choices"]:
-        scored = choice["logprobs"] or {}
         folded[choice["index"]] = {
             "text": choice["message"]["content"] if "message" in choice else choice["text"],
-            "scored": scored.get("content", scored.get("tokens", [])),
+            "scored": scores_of(choice),
             "finish": choice["finish_reason"],
             "stop": choice["stop_reason"],
         }
