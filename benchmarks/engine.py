@@ -95,7 +95,7 @@ class Ours:
         prefill_tokens, prefill_s = 0, 0.0
         while (plan := replica.plan(time.perf_counter() - began_s)) is not None:
             result = self._executor.execute(plan)
-            if plan.token_count > len(plan.items):
+            if plan.chunks:
                 prefill_tokens += plan.token_count
                 prefill_s += result.duration_s
             replica.complete(plan, result, time.perf_counter() - began_s)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from penstock.core.request import Request
 from penstock.core.settings import PolicySettings
-from penstock.core.step import SequenceStart, StepPlan, StepResult
+from penstock.core.step import Chunk, SequenceStart, StepPlan, StepResult
 from penstock.policies.stack import make_stack
 from penstock.replica.replica import Replica, ReplicaLimits
 
@@ -38,6 +38,7 @@ class FakeExecutor:
         self.block_tokens = block_tokens
         self.kv: dict[tuple[int, int], int] = {}
         self.live: dict[int, tuple[SequenceStart, list[int], list[int]]] = {}
+        self.decoding: dict[int, None] = {}
         self.plans: list[StepPlan] = []
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -47,21 +48,31 @@ class FakeExecutor:
         for start in plan.starts:
             assert start.tokens is not None and len(start.tokens) == start.total_len
             self.live[start.seq_id] = (start, list(start.tokens), list(start.blocks))
-        result = StepResult([])
-        for item in plan.items:
-            _, tokens, blocks = self.live[item.seq_id]
-            blocks += item.new_blocks
-            for position in range(item.start):
-                assert self.kv[self._slot(blocks, position)] == tokens[position], (
-                    "KV of the history is intact"
-                )
-            for position in range(item.start, item.start + item.count):
-                self.kv[self._slot(blocks, position)] = tokens[position]
-            assert item.emits == (item.start + item.count == len(tokens))
-            if item.emits:
-                tokens.append(next_token(tokens))
-                result.tokens.append(tokens[-1])
+        for seq_id, blocks in plan.new_blocks:
+            self.live[seq_id][2].extend(blocks)
+        for seq_id in plan.ends:
+            self.decoding.pop(seq_id, None)
+        decodes = [seq_id for seq_id in self.decoding if plan.decode_count and seq_id not in plan.paused]
+        assert len(decodes) == plan.decode_count
+        result = StepResult({})
+        for chunk in plan.chunks:
+            self._compute(chunk, result)
+        for seq_id in decodes:
+            self._compute(Chunk(seq_id, len(self.live[seq_id][1]) - 1, 1, True), result)
         return result
+
+    def _compute(self, chunk: Chunk, result: StepResult) -> None:
+        _, tokens, blocks = self.live[chunk.seq_id]
+        for position in range(chunk.start):
+            assert self.kv[self._slot(blocks, position)] == tokens[position], "KV of the history is intact"
+        for position in range(chunk.start, chunk.start + chunk.count):
+            self.kv[self._slot(blocks, position)] = tokens[position]
+        assert chunk.emits == (chunk.start + chunk.count == len(tokens))
+        if chunk.emits:
+            tokens.append(next_token(tokens))
+            assert result.tokens is not None
+            result.tokens[chunk.seq_id] = tokens[-1]
+            self.decoding[chunk.seq_id] = None
 
     def _slot(self, blocks: list[int], position: int) -> tuple[int, int]:
         return blocks[position // self.block_tokens], position % self.block_tokens

@@ -77,8 +77,9 @@ def test_sarathi_mixes_chunks_with_decodes_within_the_budget() -> None:
     replica.submit(request("long", 30, 2), 1.0)
     run(replica, executor, steps=5, now_s=1.0)
     mixed = executor.plans[1:6]
-    assert [[item.count for item in plan.items] for plan in mixed] == [[1, 7], [1, 7], [1, 7], [1, 7], [1, 2]]
-    assert [plan.items[1].emits for plan in mixed] == [False, False, False, False, True]
+    assert [plan.decode_count for plan in mixed] == [1] * 5
+    assert [[chunk.count for chunk in plan.chunks] for plan in mixed] == [[7], [7], [7], [7], [2]]
+    assert [plan.chunks[0].emits for plan in mixed] == [False, False, False, False, True]
 
 
 def test_prefill_first_pauses_decodes_for_a_whole_prompt() -> None:
@@ -88,7 +89,8 @@ def test_prefill_first_pauses_decodes_for_a_whole_prompt() -> None:
     run(replica, executor, steps=2)
     replica.submit(request("long", 30, 2), 1.0)
     run(replica, executor, steps=1, now_s=2.0)
-    assert [item.count for item in executor.plans[-1].items] == [30]
+    assert [chunk.count for chunk in executor.plans[-1].chunks] == [30]
+    assert executor.plans[-1].decode_count == 0
 
 
 def test_shared_prefix_is_computed_once() -> None:
@@ -249,8 +251,8 @@ def test_evicted_prefixes_are_told_from_new_ones() -> None:
     assert replica.stats().prefix_miss_tokens_total["evicted"] > 0
 
 
-def test_a_decode_plan_stands_until_a_page_fault_or_a_finish() -> None:
+def test_a_decode_plan_stands_until_a_certain_finish() -> None:
     replica, executor = make_replica(), FakeExecutor(4)
     replica.submit(request("a", 5, 9), 0.0)
     run(replica, executor)
-    assert [plan.repeat for plan in executor.plans] == [1, 3, 2, 1, 4, 3, 2, 1, 1]
+    assert [plan.repeat for plan in executor.plans] == [1, 8, 7, 6, 5, 4, 3, 2, 1]

@@ -71,6 +71,7 @@ class Finished:
     phases: PhaseTimes = field(default_factory=PhaseTimes)
     stop_token_id: int | None = None
     detail: str | None = None  # a cancel reason, or what failed
+    first_token_s: float | None = None
 
 
 ReplicaEvent = Admitted | TokenOut | Preempted | Finished

@@ -1,8 +1,9 @@
 """One fact describes a step: which sequences compute how many tokens, on which KV blocks.
 
-The same `StepPlan` drives the torch engine and the twin's modelled executor. A sequence travels whole
-once (`SequenceStart`), and afterwards only as the difference (`StepItem`). An empty plan does not exist:
-the replica answers None when there is nothing to do.
+The same `StepPlan` drives the torch engine and the twin's modelled executor. A sequence travels whole once
+(`SequenceStart`); from its first token on it decodes, and every step that says `decode` advances all
+decoding sequences by one token, so that they need not be listed. Both sides know who decodes: whoever has
+emitted and was not ended since. An empty plan does not exist: the replica answers None when idle.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ class SequenceStart:
     """
 
     seq_id: int
+    request_id: str
     tokens: Sequence[int] | None
     prompt_len: int
     total_len: int  # len(tokens), also when tokens is None
     cached_len: int
     blocks: tuple[int, ...]
     sampling: SamplingParams
-    # A token that may not be drawn while the output is shorter than this
+    # These tokens may not be drawn while the output is shorter than `min_output_tokens`
     min_output_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
 
@@ -40,29 +42,34 @@ class SequenceStart:
 
 
 @dataclass(slots=True)
-class StepItem:
-    """`count` tokens of one sequence, from position `start`; `emits` when the last one is sampled from."""
+class Chunk:
+    """`count` known tokens of one sequence, from position `start`; `emits` when the last is sampled from."""
 
     seq_id: int
     start: int
     count: int
     emits: bool
-    new_blocks: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
 class StepPlan:
-    """What the executor does next. `items` keep their order in `StepResult.tokens`."""
+    """What the executor does next: chunks of prompts, and one token of each decoding sequence.
+
+    Before anything else it forgets `ends`, takes in `starts`, and appends `new_blocks` to block tables.
+    """
 
     index: int
-    items: list[StepItem]
+    chunks: list[Chunk]
+    decode_count: int  # how many sequences decode: all that can, less `paused`; 0 when decodes wait
+    paused: frozenset[int] = frozenset()  # decoding sequences that this step leaves out
     starts: list[SequenceStart] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)  # seq_ids to forget before the step: finished or preempted
+    ends: list[int] = field(default_factory=list)  # seq_ids finished, cancelled or preempted
+    new_blocks: list[tuple[int, list[int]]] = field(default_factory=list)  # (seq_id, block ids)
     repeat: int = 1  # how many identical decode steps this plan may stand for
 
     @property
     def token_count(self) -> int:
-        return sum(item.count for item in self.items)
+        return sum(chunk.count for chunk in self.chunks) + self.decode_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +82,13 @@ class TokenLogprobs:
 
 @dataclass(slots=True)
 class StepResult:
-    """`tokens[i]` belongs to the i-th emitting item of the plan. Seconds are the executor's own clock."""
+    """What came of a plan. `duration_s` is the executor's own clock, over all its steps."""
 
-    tokens: list[int]
-    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # seq_id → the emitted token's
-    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # seq_id → this chunk's
+    # seq_id → token, of every emitting chunk and every decode; None where only lengths are known: then
+    # `stopped` names the sequences that ended by themselves in the last step.
+    tokens: dict[int, int] | None
+    stopped: Sequence[int] = ()
+    steps: int = 1  # of `repeat`; more than one only without tokens
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # this chunk's positions
     duration_s: float = 0.0

@@ -1,7 +1,7 @@
 """The engine's muscle: one `StepPlan` in, one `StepResult` out, on torch.
 
-A step is one pass over the concatenated rows of every item: prompt chunks and decodes alike. What the plan
-does not say (tokens of known sequences, block tables) is kept here, per sequence.
+A step is one pass over the concatenated rows of everything in it, prompt chunks and decodes alike. What the
+plan does not say (tokens of known sequences, block tables) is kept here, per sequence.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from penstock.core.step import SequenceStart, StepItem, StepPlan, StepResult, TokenLogprobs
+from penstock.core.step import Chunk, SequenceStart, StepPlan, StepResult, TokenLogprobs
 from penstock.engine.attention import AttentionBackend, SequenceRows
 from penstock.engine.kv_store import KVStore
 from penstock.engine.model import DecoderModel
@@ -50,12 +50,14 @@ class TorchExecutor:
         self._threads = threads
         self._device = store.k.device
         self._live: dict[int, _Live] = {}
+        self._decoding: dict[int, _Live] = {}  # those that have emitted, in order
 
     def reset(self) -> None:
         """Forget every sequence, as after a failed step. Pages keep their bytes; nobody points to them."""
         for seq_id in self._live:
             self._store.release(seq_id)
         self._live.clear()
+        self._decoding.clear()
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -63,12 +65,15 @@ class TorchExecutor:
         began_s = time.perf_counter()
         for seq_id in plan.ends:
             del self._live[seq_id]
+            self._decoding.pop(seq_id, None)
             self._store.release(seq_id)
         for start in plan.starts:
             self._begin(start)
+        for seq_id, blocks in plan.new_blocks:
+            self._store.extend(seq_id, blocks)
         self._threads.use_for(plan.token_count)
-        hidden = self._forward(plan.items)
-        result = self._sample(plan.items, hidden)
+        chunks = [*plan.chunks, *self._decodes(plan)]
+        result = self._sample(chunks, self._forward(chunks))
         result.duration_s = time.perf_counter() - began_s
         return result
 
@@ -77,58 +82,71 @@ class TorchExecutor:
         self._live[start.seq_id] = _Live(start, list(start.tokens))
         self._store.start(start.seq_id, start.blocks)
 
-    def _forward(self, items: Sequence[StepItem]) -> Tensor:
-        """Hidden states [rows, hidden] of all items, in order."""
+    def _decodes(self, plan: StepPlan) -> list[Chunk]:
+        """The last token of every decoding sequence that the step advances, as chunks of one."""
+        if not plan.decode_count:
+            return []
+        decodes = [
+            Chunk(seq_id, len(live.tokens) - 1, 1, True)
+            for seq_id, live in self._decoding.items()
+            if seq_id not in plan.paused
+        ]
+        assert len(decodes) == plan.decode_count, "replica and executor agree on who decodes"
+        return decodes
+
+    def _forward(self, chunks: Sequence[Chunk]) -> Tensor:
+        """Hidden states [rows, hidden] of all chunks, in order."""
         token_ids: list[int] = []
         positions: list[int] = []
         rows: list[SequenceRows] = []
-        for item in items:
-            if item.new_blocks:
-                self._store.extend(item.seq_id, item.new_blocks)
-            stop = item.start + item.count
-            rows.append(SequenceRows(len(token_ids), item.count, item.start, self._store.table(item.seq_id)))
-            token_ids += self._live[item.seq_id].tokens[item.start : stop]
-            positions += range(item.start, stop)
+        for chunk in chunks:
+            stop = chunk.start + chunk.count
+            table = self._store.table(chunk.seq_id)
+            rows.append(SequenceRows(len(token_ids), chunk.count, chunk.start, table))
+            token_ids += self._live[chunk.seq_id].tokens[chunk.start : stop]
+            positions += range(chunk.start, stop)
         hidden = self._model.embed(torch.tensor(token_ids, device=self._device))
         attention = self._attention.plan(rows)
         layers = range(self._model.config.layers)
         return self._model.run(layers, hidden, torch.tensor(positions, device=self._device), attention)
 
-    def _sample(self, items: Sequence[StepItem], hidden: Tensor) -> StepResult:
-        result = StepResult([])
-        emitting: list[tuple[StepItem, int]] = []  # with the row of its last token
+    def _sample(self, chunks: Sequence[Chunk], hidden: Tensor) -> StepResult:
+        tokens: dict[int, int] = {}
+        result = StepResult(tokens)
+        emitting: list[tuple[_Live, int]] = []  # with the row of its last token
         row = 0
-        for item in items:
-            self._score_prompt(item, hidden[row : row + item.count], result)
-            row += item.count
-            if item.emits:
-                emitting.append((item, row - 1))
+        for chunk in chunks:
+            live = self._live[chunk.seq_id]
+            self._score_prompt(live, chunk, hidden[row : row + chunk.count], result)
+            row += chunk.count
+            if chunk.emits:
+                emitting.append((live, row - 1))
         if not emitting:
             return result
         logits = self._model.logits(hidden[[last for _, last in emitting]])
-        lives = [self._live[item.seq_id] for item, _ in emitting]
-        result.tokens = sample(logits, [live.sampling_row() for live in lives])
-        for index, (live, token_id) in enumerate(zip(lives, result.tokens, strict=True)):
-            wanted = live.start.sampling.logprobs
+        sampled = sample(logits, [live.sampling_row() for live, _ in emitting])
+        for index, ((live, _), token_id) in enumerate(zip(emitting, sampled, strict=True)):
+            seq_id, wanted = live.start.seq_id, live.start.sampling.logprobs
             if wanted is not None:
-                result.logprobs[live.start.seq_id] = token_logprobs(logits[index], token_id, wanted)
+                result.logprobs[seq_id] = token_logprobs(logits[index], token_id, wanted)
             live.tokens.append(token_id)
+            tokens[seq_id] = token_id
+            self._decoding[seq_id] = live
         return result
 
-    def _score_prompt(self, item: StepItem, hidden: Tensor, result: StepResult) -> None:
+    def _score_prompt(self, live: _Live, chunk: Chunk, hidden: Tensor, result: StepResult) -> None:
         """Logprobs of the prompt tokens that follow this chunk's rows, where the request asks for them."""
-        live = self._live[item.seq_id]
         sampling = live.start.sampling
-        count = min(item.count, live.start.prompt_len - 1 - item.start)
+        count = min(chunk.count, live.start.prompt_len - 1 - chunk.start)
         if not sampling.prompt_logprobs or count <= 0:
             return
         scores: list[TokenLogprobs] = []
         for first in range(0, count, PROMPT_LOGPROB_ROWS):
             last = min(first + PROMPT_LOGPROB_ROWS, count)
             logits = self._model.logits(hidden[first:last])
-            targets = live.tokens[item.start + first + 1 : item.start + last + 1]
+            targets = live.tokens[chunk.start + first + 1 : chunk.start + last + 1]
             scores += [
                 token_logprobs(line, target, sampling.logprobs or 0)
                 for line, target in zip(logits, targets, strict=True)
             ]
-        result.prompt_logprobs[item.seq_id] = scores
+        result.prompt_logprobs[chunk.seq_id] = scores

@@ -36,10 +36,20 @@ class SequenceView(Protocol):
 
 
 class ReplicaView(Protocol):
-    """One replica between two steps. `running` is in rank order."""
+    """One replica between two steps. Sequences are in rank order.
+
+    `running` = `prefilling` and those that decode. Policies that can do with `prefilling` and
+    `decoding_count` cost nothing for the sequences whose state does not change.
+    """
 
     @property
-    def running(self) -> collections.abc.Sequence[SequenceView]: ...
+    def running(self) -> collections.abc.Sequence[SequenceView]:
+        """Sorted when asked for after a change: O(running log running)."""
+
+    @property
+    def running_count(self) -> int: ...
+    @property
+    def prefilling(self) -> collections.abc.Sequence[SequenceView]: ...
     @property
     def decoding_count(self) -> int: ...
     @property

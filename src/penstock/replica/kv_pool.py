@@ -1,13 +1,13 @@
 """Who holds which KV block. Accounting only; the executor holds the bytes.
 
-A block is in exactly one of three states:
+    private   one sequence holds it, and nobody else can find it: its place in that list is its only state
+    shared    in the prefix index and held by `holders` >= 1 sequences
+    parked    in the prefix index and held by nobody: a possible hit, dropped when room is needed
+    free
 
-    held    ref_count >= 1: one or several sequences compute with it
-    parked  ref_count == 0 and in the prefix index: still a possible hit, dropped when room is needed
-    free    ref_count == 0 and without a key
-
-`available` = free + parked. The prefix index maps the key of a full block (see `Sequence.key_blocks`) to
-the block that holds its KV; a key names one block at most.
+`available` = free + parked. The prefix index maps the key of a full block (see `Sequence.key_blocks`) to the
+block that holds its KV; a key names one block at most. A sequence's list begins with the blocks that may be
+shared (`shared_count` of them) and ends with private ones, which are given and taken in bulk.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class KVPool:
         self.block_tokens = block_tokens
         self._retain = retain
         self._free = list(range(block_count - 1, -1, -1))
-        self._ref_count = [0] * block_count
-        self._key_of: list[bytes | None] = [None] * block_count
+        self._holders: dict[int, int] = {}  # of indexed blocks, shared or parked
+        self._key_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
         # Keys dropped lately, to tell a miss by eviction from a miss of something new; bounded.
         self._evicted: OrderedDict[bytes, None] = OrderedDict()
@@ -62,56 +62,59 @@ class KVPool:
 
     def parked_among(self, blocks: SequenceOf[int]) -> int:
         """How many of `blocks` are parked. Changes nothing."""
-        return sum(self._ref_count[block] == 0 for block in blocks)
+        return sum(self._holders[block] == 0 for block in blocks)
 
     def was_evicted(self, key: bytes) -> bool:
         return key in self._evicted
 
     def share(self, blocks: SequenceOf[int]) -> None:
-        """One more holder for each of `blocks`, which are held or parked."""
+        """One more holder for each of `blocks`, which are shared or parked."""
         for block in blocks:
-            if self._ref_count[block] == 0:
-                assert self._key_of[block] is not None, "only keyed blocks can be shared"
+            holders = self._holders[block]
+            if holders == 0:
                 self._retain.revived(block)
-            self._ref_count[block] += 1
+            self._holders[block] = holders + 1
 
     def allocate(self, count: int, now_s: float) -> list[int]:
-        """`count` blocks with one holder each; the caller has checked `available`."""
-        assert count <= self.available, f"asked for {count} blocks of {self.available}"
-        blocks = []
-        for _ in range(count):
-            block = self._free.pop() if self._free else self._drop_parked(now_s)
-            assert self._ref_count[block] == 0 and self._key_of[block] is None
-            self._ref_count[block] = 1
-            blocks.append(block)
+        """`count` private blocks; the caller has checked `available`."""
+        free = self._free
+        while len(free) < count:
+            free.append(self._drop_parked(now_s))
+        if count == 0:
+            return []
+        blocks = free[-count:]
+        del free[-count:]
         return blocks
 
-    def publish(self, block: int, key: bytes) -> None:
-        """The held `block` now has the KV of `key`. The first block to hold a key keeps it."""
-        assert self._ref_count[block] >= 1 and self._key_of[block] is None
-        if key not in self._block_of:
-            self._block_of[key] = block
-            self._key_of[block] = key
-            self._evicted.pop(key, None)
+    def publish(self, block: int, key: bytes) -> bool:
+        """A private block becomes shared under `key`; False, and nothing changes, where the key is taken."""
+        if key in self._block_of:
+            return False
+        assert block not in self._holders, "a block is published once"
+        self._block_of[key] = block
+        self._key_of[block] = key
+        self._holders[block] = 1
+        self._evicted.pop(key, None)
+        return True
 
-    def release(self, blocks: SequenceOf[int], request: Request, now_s: float) -> None:
-        """One holder fewer for each; last blocks first, so that beginnings are parked longest."""
-        for block in reversed(blocks):
-            assert self._ref_count[block] >= 1, "a block is released once per holder"
-            self._ref_count[block] -= 1
-            if self._ref_count[block]:
-                continue
-            if self._key_of[block] is None:
+    def release(self, blocks: SequenceOf[int], shared_count: int, request: Request, now_s: float) -> None:
+        """The holder leaves. Last blocks first, so that beginnings are parked longest."""
+        self._free += blocks[shared_count:]
+        for block in reversed(blocks[:shared_count]):
+            holders = self._holders.get(block)
+            if holders is None:  # it stayed private: another block had its key first
                 self._free.append(block)
-            else:
+                continue
+            assert holders >= 1, "a block is released once per holder"
+            self._holders[block] = holders - 1
+            if holders == 1:
                 self._retain.parked(block, request, now_s)
 
     def _drop_parked(self, now_s: float) -> int:
         block = self._retain.victim(now_s)
-        key = self._key_of[block]
-        assert key is not None and self._ref_count[block] == 0
+        key = self._key_of.pop(block)
+        assert self._holders.pop(block) == 0
         del self._block_of[key]
-        self._key_of[block] = None
         self._evicted[key] = None
         if len(self._evicted) > self.block_count:
             self._evicted.popitem(last=False)
@@ -119,17 +122,20 @@ class KVPool:
 
     def check_invariants(self, holders: SequenceOf[SequenceOf[int]]) -> None:
         """`holders`: the blocks of every running sequence. Raises AssertionError. O(blocks)."""
-        counts = [0] * self.block_count
+        counts: dict[int, int] = {}
         for blocks in holders:
             assert len(set(blocks)) == len(blocks), "a sequence holds a block once"
             for block in blocks:
-                counts[block] += 1
-        assert counts == self._ref_count, "reference counts equal the holders"
+                counts[block] = counts.get(block, 0) + 1
+        assert all(counts.get(block, 0) == held for block, held in self._holders.items())
+        private = {block for block in counts if block not in self._holders}
+        assert all(counts[block] == 1 for block in private), "a private block has one holder"
         free = set(self._free)
         assert len(free) == len(self._free), "a block is free once"
-        assert all(counts[block] == 0 and self._key_of[block] is None for block in free)
-        parked = sum(count == 0 and key is not None for count, key in zip(counts, self._key_of, strict=True))
+        assert not free & counts.keys() and not free & self._holders.keys()
+        parked = sum(held == 0 for held in self._holders.values())
         assert parked == len(self._retain), "the retain policy knows exactly the parked blocks"
-        assert len(free) + parked + sum(count > 0 for count in counts) == self.block_count, "nothing is lost"
-        assert {key: block for block, key in enumerate(self._key_of) if key is not None} == self._block_of
+        assert len(free) + len(private) + len(self._holders) == self.block_count, "nothing is lost"
+        assert self._holders.keys() == self._key_of.keys()
+        assert {key: block for block, key in self._key_of.items()} == self._block_of
         assert len(self._evicted) <= self.block_count

@@ -16,13 +16,14 @@ from penstock.core.errors import ContextLengthExceeded, RequestExceedsCapacity
 from penstock.core.events import Admitted, Finished, Preempted, ReplicaEvent, TokenOut
 from penstock.core.reasons import CancelReason, FinishReason, MissReason, PreemptReason, WaitReason
 from penstock.core.request import Request
-from penstock.core.step import SequenceStart, StepItem, StepPlan, StepResult
+from penstock.core.step import Chunk, SequenceStart, StepPlan, StepResult
 from penstock.core.units import ceil_div
-from penstock.policies.compose import Share
+from penstock.policies.compose import Composition
 from penstock.policies.rank import RankKey
 from penstock.policies.stack import Stack
 from penstock.policies.view import Candidate
 from penstock.replica.kv_pool import KVPool
+from penstock.replica.lane import DecodeLane
 from penstock.replica.messages import ReplicaStats
 from penstock.replica.sequence import Phase, Sequence
 from penstock.replica.waiting import WaitingQueue
@@ -60,27 +61,34 @@ def check_feasible(request: Request, limits: ReplicaLimits) -> None:
 
 
 class Replica:
-    """Decides every step of one replica. It is itself the `ReplicaView` that its policies read."""
+    """Decides every step of one replica. It is itself the `ReplicaView` that its policies read.
+
+    A step costs what changes: decoding sequences advance together in the lane, and only those that start,
+    fill a block, or end are touched.
+    """
 
     def __init__(self, limits: ReplicaLimits, stack: Stack) -> None:
         self.limits = limits
         self._stack = stack
         self._pool = KVPool(limits.kv_blocks, limits.kv_block_tokens, stack.retain)
         self._waiting = WaitingQueue(stack.rank)
-        self._running: list[Sequence] = []
+        self._running: dict[int, Sequence] = {}  # by seq_id
+        self._ranked: list[Sequence] | None = None  # `running` in rank order; None after a change
+        self._prefilling: list[Sequence] = []  # in rank order
+        self._lane = DecodeLane(limits.kv_block_tokens)
         self._rank_version: int | None = None
-        self._running_by_id: dict[int, Sequence] = {}
         self._by_request: dict[str, Sequence] = {}
         self._sequences_seen = 0
         self._steps_planned = 0
         self._outstanding: StepPlan | None = None
+        # Gathered while a plan is made, and handed over with it
         self._starts: dict[int, SequenceStart] = {}
         self._ends: list[int] = []
-        self._events: list[ReplicaEvent] = []  # of the plan being made; delivered by its completion
-        self._standing_steps = 0  # how many more steps the last plan may stand
-        self._standing: StepPlan | None = None
-        self._decoding_count = 0
+        self._new_blocks: list[tuple[int, list[int]]] = []
+        self._events: list[ReplicaEvent] = []  # delivered when the plan is completed
+        self._standing_steps = 0  # how many more decode steps need no decision
         self._head_reason: WaitReason | None = None
+        self._now_s = 0.0  # of the call in progress, for the ranks' keys
         self._stats = ReplicaStats(
             prefix_miss_tokens_total={reason.value: 0 for reason in MissReason},
             preempted_tokens_total={reason.value: 0 for reason in PreemptReason},
@@ -90,11 +98,21 @@ class Replica:
 
     @property
     def running(self) -> SequenceOf[Sequence]:
-        return self._running
+        if self._ranked is None:
+            self._ranked = sorted(self._running.values(), key=self._rank_key)
+        return self._ranked
+
+    @property
+    def running_count(self) -> int:
+        return len(self._running)
+
+    @property
+    def prefilling(self) -> SequenceOf[Sequence]:
+        return self._prefilling
 
     @property
     def decoding_count(self) -> int:
-        return self._decoding_count
+        return len(self._lane.members)
 
     @property
     def blocks_available(self) -> int:
@@ -130,7 +148,7 @@ class Replica:
         self._sequences_seen += 1
         self._by_request[request.id] = sequence
         self._waiting.add(sequence, now_s)
-        self._standing = None
+        self._standing_steps = 0
 
     def cancel(self, request_id: str, reason: CancelReason, now_s: float) -> Finished | None:
         """End a request, queued or running; None if it is not here (any more). Its KV may stay as prefix."""
@@ -155,24 +173,31 @@ class Replica:
     def plan(self, now_s: float) -> StepPlan | None:
         """The next step, or None when there is nothing to do. Each plan is completed before the next."""
         assert self._outstanding is None, "complete the last plan first"
-        plan = self._repeat_last() or self._plan_afresh(now_s)
+        self._now_s = now_s
+        if self._standing_steps > 0 and self._stack.rank.version(now_s) == self._rank_version:
+            plan: StepPlan | None = self._plan_again(now_s)
+        else:
+            plan = self._plan_afresh(now_s)
         self._outstanding = plan
         return plan
 
     def complete(self, plan: StepPlan, result: StepResult, now_s: float) -> list[ReplicaEvent]:
-        """Account the executed plan. Events are in step order: admissions and preemptions, then tokens."""
+        """Account the executed plan. Events: admissions and preemptions, then decodes, then first tokens."""
         assert plan is self._outstanding, "plans are completed in order, once"
+        assert 1 <= result.steps <= plan.repeat
         self._outstanding = None
+        self._now_s = now_s
         events, self._events = self._events, []
-        tokens = iter(result.tokens)
-        for item in plan.items:
-            token_id = next(tokens) if item.emits else None
-            sequence = self._running_by_id.get(item.seq_id)
+        if plan.decode_count:
+            self._advance_decodes(plan, result, events, now_s)
+        for chunk in plan.chunks:
+            sequence = self._running.get(chunk.seq_id)
             if sequence is not None:  # else it was cancelled while the step ran
-                self._advance(sequence, item.count, token_id, result, events, now_s)
-        self._stats.step_index = plan.index
-        self._stats.step_tokens = plan.token_count
-        self._stats.step_s = result.duration_s
+                self._advance_chunk(sequence, chunk, result, events, now_s)
+        stats = self._stats
+        stats.step_index = plan.index + result.steps - 1
+        stats.step_tokens = plan.token_count
+        stats.step_s = result.duration_s
         return events
 
     def stats(self) -> ReplicaStats:
@@ -189,16 +214,19 @@ class Replica:
 
     def check_invariants(self) -> None:
         """Raises AssertionError. O(sequences + blocks); tests call it after every step."""
-        self._pool.check_invariants([sequence.blocks for sequence in self._running])
-        assert len(self._running) <= self.limits.running_max
-        assert set(self._running_by_id.values()) == set(self._running)
-        assert set(self._by_request.values()) == set(self._running) | set(self._waiting)
-        assert len(self._by_request) == len(self._running) + len(self._waiting), "in exactly one place"
-        assert self._decoding_count == sum(sequence.is_decoding for sequence in self._running)
-        for sequence in self._running:
+        running = list(self._running.values())
+        self._pool.check_invariants([sequence.blocks for sequence in running])
+        self._lane.check_invariants()
+        assert len(running) <= self.limits.running_max
+        assert set(self._by_request.values()) == {*running, *self._waiting}
+        assert len(self._by_request) == len(running) + len(self._waiting), "in exactly one place"
+        assert {*self._lane.members.values(), *self._prefilling} == set(running)
+        assert len(self._lane.members) + len(self._prefilling) == len(running)
+        for sequence in running:
             assert sequence.running and sequence.output_left >= 1
             assert sequence.computed_len < sequence.total_len
             assert sequence.computed_len <= len(sequence.blocks) * self.block_tokens
+            assert not sequence.output or len(sequence.output) == sequence.output_len
         for sequence in self._waiting:
             assert not sequence.running and not sequence.blocks and sequence.computed_len == 0
 
@@ -207,65 +235,82 @@ class Replica:
     def _plan_afresh(self, now_s: float) -> StepPlan | None:
         self._refresh_ranks(now_s)
         preempted_before = self._stats.preemptions_total
-        for sequence in list(self._running):
-            if sequence.running and sequence.is_decoding:
-                self._secure(sequence, sequence.computed_len + 1, now_s)
-        if self._stats.preemptions_total == preempted_before:
+        self._secure_decodes(now_s)
+        if self._waiting and self._stats.preemptions_total == preempted_before:
             self._admit_waiting(now_s)
         if not self._running:
             assert not self._waiting, "a policy admits the head of the queue when nothing runs"
             self._events.clear()
             return None
-        items = self._items(self._stack.compose.compose(self, now_s), now_s)
-        assert items, "a step computes something while something runs"
-        plan = StepPlan(self._steps_planned, items, list(self._starts.values()), self._ends)
-        if self._stats.preemptions_total == preempted_before:  # else the next plan may admit again
-            plan.repeat = self._repeat_of(items)
-        self._steps_planned += 1
-        self._starts.clear()
-        self._ends = []
-        self._standing = plan if plan.repeat > 1 else None
+        composition = self._stack.compose.compose(self, now_s)
+        chunks = self._chunks(composition, now_s)
+        paused = self._paused(composition)
+        decode_count = len(self._lane.members) - len(paused) if composition.decode else 0
+        assert chunks or decode_count, "a step computes something while something runs"
+        plan = self._make_plan(chunks, decode_count, paused)
+        # Where somebody had to yield, the next plan may admit again.
+        if not chunks and not paused and self._stats.preemptions_total == preempted_before:
+            plan.repeat = self._steps_without_decision()
         self._standing_steps = plan.repeat - 1
         return plan
 
-    def _repeat_last(self) -> StepPlan | None:
-        """The last plan again, one token further, while nothing has happened that could change it."""
-        last = self._standing
-        if last is None or self._standing_steps == 0:
-            return None
+    def _plan_again(self, now_s: float) -> StepPlan:
+        """One more step of the standing decode plan: only full blocks need something."""
+        self._secure_decodes(now_s)
+        plan = self._make_plan([], len(self._lane.members), frozenset())
+        plan.repeat = self._standing_steps
         self._standing_steps -= 1
-        items = [StepItem(item.seq_id, item.start + 1, 1, True) for item in last.items]
-        plan = StepPlan(self._steps_planned, items, repeat=self._standing_steps + 1)
-        self._steps_planned += 1
-        self._standing = plan
         return plan
 
-    def _repeat_of(self, items: list[StepItem]) -> int:
-        """Steps until a decode-only plan meets a page fault or a certain finish."""
-        if not self.limits.repeat or len(items) != self._decoding_count or len(items) != len(self._running):
+    def _make_plan(self, chunks: list[Chunk], decode_count: int, paused: frozenset[int]) -> StepPlan:
+        new_blocks = [entry for entry in self._new_blocks if entry[0] in self._running]
+        starts = list(self._starts.values())
+        plan = StepPlan(self._steps_planned, chunks, decode_count, paused, starts, self._ends, new_blocks)
+        self._steps_planned += 1
+        self._starts.clear()
+        self._ends = []
+        self._new_blocks = []
+        return plan
+
+    def _steps_without_decision(self) -> int:
+        """For how many decode steps nobody ends for sure, and the blocks last without preemption."""
+        if not self.limits.repeat:
             return 1
-        steps = self.limits.context_len_max
-        for sequence in self._running:
-            room = len(sequence.blocks) * self.block_tokens - sequence.computed_len
-            steps = min(steps, room, sequence.output_left)
-        return steps
+        return self._lane.edges_within(self._lane.steps_to_finish(), self._pool.available)
 
     def _refresh_ranks(self, now_s: float) -> None:
         self._waiting.refresh(now_s)
         version = self._stack.rank.version(now_s)
         if version != self._rank_version:
             self._rank_version = version
-            self._running.sort(key=lambda sequence: self._rank_key(sequence, now_s))
+            self._ranked = None
+            self._prefilling.sort(key=self._rank_key)
 
-    def _rank_key(self, sequence: Sequence, now_s: float) -> tuple[RankKey, int]:
-        return (self._stack.rank.key(sequence, now_s), sequence.arrival_index)
+    def _rank_key(self, sequence: Sequence) -> tuple[RankKey, int]:
+        return (self._stack.rank.key(sequence, self._now_s), sequence.arrival_index)
+
+    def _secure_decodes(self, now_s: float) -> None:
+        """A block for every decode whose last one is full; where there are too few, somebody yields."""
+        needy = [
+            sequence
+            for sequence in self._lane.at_edge().values()
+            if len(sequence.blocks) * self.block_tokens == sequence.computed_len
+        ]
+        if len(needy) > self._pool.available:
+            needy.sort(key=self._rank_key)
+        for sequence in needy:
+            if sequence.running:
+                self._secure(sequence, sequence.computed_len + 1, now_s)
 
     def _admit_waiting(self, now_s: float) -> None:
         room = self._stack.compose.prefill_room(self, now_s)
         self._head_reason = None
-        for sequence in list(self._waiting):
+        passed = 0  # siblings that wait for their leader hold up nobody else
+        while passed < len(self._waiting):
+            sequence = self._waiting.at(passed)
             if self._waits_for_leader(sequence):
                 self._head_reason = self._head_reason or WaitReason.LEADER
+                passed += 1
                 continue
             reason, computed = self._try_admit(sequence, room, now_s)
             if reason is not None:
@@ -276,7 +321,7 @@ class Replica:
     def _waits_for_leader(self, sequence: Sequence) -> bool:
         """Whether a sibling that ranks before it is still computing the prompt both share."""
         leader = self._by_request.get(sequence.request.leader_id or "")
-        if leader is None or not self.limits.prefix_cache or leader.output:
+        if leader is None or not self.limits.prefix_cache or leader.output_len:
             return False
         return leader.arrival_index < sequence.arrival_index
 
@@ -301,7 +346,7 @@ class Replica:
 
         None where every prompt position must be scored: cached positions yield no logits.
         """
-        if not self.limits.prefix_cache or sequence.request.sampling.prompt_logprobs:
+        if not self.limits.prefix_cache or not sequence.is_keyed or sequence.request.sampling.prompt_logprobs:
             return []
         full_blocks = (sequence.total_len - 1) // self.block_tokens
         return self._pool.match(sequence.key_blocks(full_blocks, self.block_tokens))
@@ -316,42 +361,49 @@ class Replica:
         self._pool.share(cached_blocks)
         fresh = ceil_div(reserve_len, self.block_tokens) - len(cached_blocks)
         sequence.blocks = cached_blocks + self._pool.allocate(max(0, fresh), now_s)
-        sequence.told_blocks = len(sequence.blocks)
         sequence.published_blocks = len(cached_blocks)
-        sequence.computed_len = cached_len
+        sequence.computed = cached_len
         sequence.running = True
-        sequence.enter(Phase.DECODE if sequence.output else Phase.PREFILL, now_s)
-        self._decoding_count += sequence.is_decoding
-        self._running_by_id[sequence.seq_id] = sequence
-        bisect.insort(self._running, sequence, key=lambda item: self._rank_key(item, now_s))
+        sequence.enter(Phase.PREFILL if sequence.first_token_s is None else Phase.DECODE, now_s)
+        self._running[sequence.seq_id] = sequence
+        self._ranked = None
+        bisect.insort(self._prefilling, sequence, key=self._rank_key)
         self._starts[sequence.seq_id] = _start_message(sequence)
         self._events.append(Admitted(sequence.request.id, now_s, cached_len, resumed))
 
     def _count_prefix(self, sequence: Sequence, cached_len: int) -> None:
         stats = self._stats
-        stats.prefix_query_tokens_total += sequence.total_len
+        total_len = sequence.total_len
+        stats.prefix_query_tokens_total += total_len
         stats.prefix_hit_tokens_total += cached_len
-        keys = sequence.key_blocks((sequence.total_len - 1) // self.block_tokens, self.block_tokens)
+        reason = MissReason.NEW
         missed_block = cached_len // self.block_tokens
-        evicted = missed_block < len(keys) and self._pool.was_evicted(keys[missed_block])
-        reason = MissReason.EVICTED if evicted else MissReason.NEW
-        stats.prefix_miss_tokens_total[reason.value] += sequence.total_len - cached_len
+        if sequence.is_keyed and missed_block < (total_len - 1) // self.block_tokens:
+            keys = sequence.key_blocks(missed_block + 1, self.block_tokens)
+            if missed_block < len(keys) and self._pool.was_evicted(keys[missed_block]):
+                reason = MissReason.EVICTED
+        stats.prefix_miss_tokens_total[reason.value] += total_len - cached_len
 
-    def _items(self, shares: list[Share], now_s: float) -> list[StepItem]:
+    def _chunks(self, composition: Composition, now_s: float) -> list[Chunk]:
         """Shares with their KV secured; a share whose sequence had to yield drops out."""
         secured: list[tuple[Sequence, int]] = []
-        for share in shares:
+        for share in composition.shares:
             sequence = share.sequence
             assert isinstance(sequence, Sequence) and share.count >= 1
             if sequence.running and self._secure(sequence, sequence.computed_len + share.count, now_s):
                 secured.append((sequence, share.count))
-        return [self._item(sequence, count) for sequence, count in secured if sequence.running]
+        chunks = []
+        for sequence, count in secured:
+            if sequence.running:
+                start = sequence.computed
+                chunks.append(Chunk(sequence.seq_id, start, count, start + count == sequence.known_len))
+        return chunks
 
-    def _item(self, sequence: Sequence, count: int) -> StepItem:
-        emits = sequence.computed_len + count == sequence.total_len
-        new_blocks = tuple(sequence.blocks[sequence.told_blocks :])
-        sequence.told_blocks = len(sequence.blocks)
-        return StepItem(sequence.seq_id, sequence.computed_len, count, emits, new_blocks)
+    def _paused(self, composition: Composition) -> frozenset[int]:
+        if not composition.paused:
+            return frozenset()
+        chosen = {sequence.arrival_index for sequence in composition.paused}  # equals the seq_id
+        return frozenset(chosen & self._lane.members.keys())
 
     def _secure(self, sequence: Sequence, length: int, now_s: float) -> bool:
         """Give `sequence` blocks for `length` tokens, preempting where needed; False if it had to yield."""
@@ -364,7 +416,9 @@ class Replica:
             self._preempt(victim, sequence, now_s)
             if victim is sequence:
                 return False
-        sequence.blocks += self._pool.allocate(missing, now_s)
+        blocks = self._pool.allocate(missing, now_s)
+        sequence.blocks += blocks
+        self._new_blocks.append((sequence.seq_id, blocks))
         return True
 
     def _preempt(self, victim: Sequence, needy: Sequence, now_s: float) -> None:
@@ -379,49 +433,76 @@ class Replica:
 
     # ---- taking results -------------------------------------------------------------------------------
 
-    def _advance(
-        self,
-        sequence: Sequence,
-        count: int,
-        token_id: int | None,
-        result: StepResult,
-        events: list[ReplicaEvent],
-        now_s: float,
+    def _advance_decodes(
+        self, plan: StepPlan, result: StepResult, events: list[ReplicaEvent], now_s: float
     ) -> None:
-        """`count` more tokens of `sequence` have KV, and perhaps one was sampled."""
-        was_decoding = sequence.is_decoding
-        sequence.computed_len += count
+        """The lane moves on by `result.steps`; then those that ended leave it."""
+        lane = self._lane
+        for seq_id in plan.paused:
+            if seq_id in lane.members:
+                lane.pause(lane.members[seq_id])
+        for step in range(result.steps):
+            if step:  # the first step's blocks came with the plan
+                self._secure_decodes(now_s)
+            lane.clock += 1
+            if self.limits.prefix_cache:
+                for sequence in lane.at_edge().values():
+                    self._publish_full_blocks(sequence)
+        self._standing_steps = max(0, self._standing_steps - (result.steps - 1))
+        if result.tokens is not None:
+            for seq_id, sequence in list(lane.members.items()):
+                if seq_id not in plan.paused:
+                    self._take_token(sequence, result.tokens[seq_id], result, events, now_s)
+        for seq_id in result.stopped:
+            if seq_id in lane.members:
+                events.append(self._finish(lane.members[seq_id], FinishReason.STOP, now_s))
+        for sequence in lane.finished():
+            events.append(self._finish(sequence, FinishReason.LENGTH, now_s))
+
+    def _advance_chunk(
+        self, sequence: Sequence, chunk: Chunk, result: StepResult, events: list[ReplicaEvent], now_s: float
+    ) -> None:
+        """A chunk has KV now; the last one of a prompt yields a token and begins the decode."""
+        sequence.computed += chunk.count
         self._publish_full_blocks(sequence)
         if result.prompt_logprobs:
             sequence.prompt_logprobs += result.prompt_logprobs.get(sequence.seq_id, ())
-        if token_id is not None:
-            if not sequence.output:
-                sequence.enter(Phase.DECODE, now_s)
-            sequence.append(token_id)
-        self._decoding_count += sequence.is_decoding - was_decoding
-        if token_id is not None:
-            self._emit(sequence, token_id, result, events, now_s)
+        if not chunk.emits:
+            return
+        self._prefilling.remove(sequence)
+        if sequence.first_token_s is None:
+            sequence.first_token_s = now_s
+            sequence.enter(Phase.DECODE, now_s)
+        sequence.known_len += 1
+        self._lane.join(sequence)
+        if result.tokens is not None:
+            self._take_token(sequence, result.tokens[sequence.seq_id], result, events, now_s)
+        elif sequence.seq_id in result.stopped:
+            events.append(self._finish(sequence, FinishReason.STOP, now_s))
+        if sequence.running and sequence.output_left == 0:
+            events.append(self._finish(sequence, FinishReason.LENGTH, now_s))
 
-    def _emit(
+    def _take_token(
         self, sequence: Sequence, token_id: int, result: StepResult, events: list[ReplicaEvent], now_s: float
     ) -> None:
         """Tell the world of the token, or of the end it means. A stop token is counted, but not told."""
+        sequence.output.append(token_id)
         if token_id in sequence.request.stop_token_ids:
             events.append(self._finish(sequence, FinishReason.STOP, now_s, stop_token_id=token_id))
-            return
-        events.append(_token_event(sequence, token_id, result, now_s))
-        if sequence.output_left == 0:
-            events.append(self._finish(sequence, FinishReason.LENGTH, now_s))
+        else:
+            events.append(_token_event(sequence, token_id, result, now_s))
 
     def _publish_full_blocks(self, sequence: Sequence) -> None:
         """Offer blocks that this step filled to the prefix index."""
+        if not sequence.is_keyed or not self.limits.prefix_cache:
+            return
         full_blocks = sequence.computed_len // self.block_tokens
-        if full_blocks == sequence.published_blocks or not self.limits.prefix_cache:
+        if full_blocks == sequence.published_blocks:
             return
         keys = sequence.key_blocks(full_blocks, self.block_tokens)
         for index in range(sequence.published_blocks, len(keys)):
             self._pool.publish(sequence.blocks[index], keys[index])
-        sequence.published_blocks = full_blocks
+        sequence.published_blocks = len(keys)
 
     def _finish(
         self,
@@ -447,21 +528,25 @@ class Replica:
             sequence.phases,
             stop_token_id,
             detail,
+            sequence.first_token_s,
         )
 
     def _leave_running(self, sequence: Sequence, now_s: float) -> None:
         """Give everything back; the executor forgets the sequence with the next plan."""
-        self._decoding_count -= sequence.is_decoding
-        self._pool.release(sequence.blocks, sequence.request, now_s)
+        if sequence.lane is None:
+            self._prefilling.remove(sequence)
+        else:
+            self._lane.leave(sequence)
+        self._pool.release(sequence.blocks, sequence.published_blocks, sequence.request, now_s)
         sequence.blocks = []
-        sequence.computed_len = sequence.told_blocks = sequence.published_blocks = 0
+        sequence.computed = sequence.published_blocks = 0
         sequence.prompt_logprobs = []
         sequence.running = False
-        self._running.remove(sequence)
-        del self._running_by_id[sequence.seq_id]
+        del self._running[sequence.seq_id]
+        self._ranked = None
         if self._starts.pop(sequence.seq_id, None) is None:
             self._ends.append(sequence.seq_id)
-        self._standing = None
+        self._standing_steps = 0
 
     def _waiting_by_reason(self) -> dict[str, int]:
         waiting = len(self._waiting)
@@ -476,6 +561,7 @@ def _start_message(sequence: Sequence) -> SequenceStart:
     request = sequence.request
     return SequenceStart(
         seq_id=sequence.seq_id,
+        request_id=request.id,
         tokens=sequence.tokens(),
         prompt_len=request.prompt_len,
         total_len=sequence.total_len,

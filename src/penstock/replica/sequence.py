@@ -6,10 +6,14 @@ import hashlib
 from array import array
 from collections.abc import Sequence as SequenceOf
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from penstock.core.events import PhaseTimes
 from penstock.core.request import Request
 from penstock.core.step import TokenLogprobs
+
+if TYPE_CHECKING:
+    from penstock.replica.lane import DecodeLane
 
 KEY_BYTES = 16
 
@@ -24,10 +28,11 @@ class Phase(Enum):
 
 
 class Sequence:
-    """The state a replica keeps for a request. Derived values are properties.
+    """The state a replica keeps for a request.
 
-    `computed_len` of the `total_len` known tokens have KV; a step computes more of them, and when it
-    reaches `total_len` the next token is sampled. A decode is the case of one token without KV.
+    Of its `total_len` known tokens `computed_len` have KV. While it prefills, both are its own; when all are
+    computed the next token is sampled and it joins the decode lane, where exactly one token lacks KV and
+    lengths follow from the lane's clock.
     """
 
     __slots__ = (
@@ -35,8 +40,13 @@ class Sequence:
         "block_keys",
         "blocks",
         "cached_len",
-        "computed_len",
+        "computed",
+        "finish_clock",
+        "first_token_s",
+        "known_len",
+        "lane",
         "last_s",
+        "offset",
         "output",
         "phase",
         "phases",
@@ -46,8 +56,6 @@ class Sequence:
         "running",
         "seq_id",
         "submitted_s",
-        "told_blocks",
-        "total_len",
     )
 
     def __init__(self, seq_id: int, request: Request, now_s: float) -> None:
@@ -55,18 +63,21 @@ class Sequence:
         self.request = request
         self.arrival_index = seq_id
         self.submitted_s = now_s
-        self.output: list[int] = []
-        self.total_len = request.prompt_len  # prompt and output; a field because every step reads it
-        self.computed_len = 0
+        self.output: list[int] = []  # stays empty where only lengths are known
+        self.known_len = request.prompt_len
+        self.computed = 0
+        self.lane: DecodeLane | None = None
+        self.offset = 0
+        self.finish_clock = 0
         self.cached_len = 0  # of the first admission; what `usage` reports
         self.blocks: list[int] = []
         self.block_keys: list[bytes] = []  # of the leading full blocks, as far as they are needed
         self.published_blocks = 0  # leading blocks already offered to the prefix index
-        self.told_blocks = 0  # leading blocks the executor knows of
         self.prompt_logprobs: list[TokenLogprobs] = []  # where asked for, as far as computed
         self.running = False
         self.phase = Phase.QUEUE
         self.phases = PhaseTimes()
+        self.first_token_s: float | None = None
         self.last_s = now_s
 
     def __repr__(self) -> str:
@@ -76,20 +87,31 @@ class Sequence:
         )
 
     @property
-    def output_len(self) -> int:
-        return len(self.output)
+    def computed_len(self) -> int:
+        lane = self.lane
+        return self.computed if lane is None else lane.clock + self.offset
 
     @property
-    def is_decoding(self) -> bool:
-        return self.total_len - self.computed_len == 1 and self.total_len > self.request.prompt_len
+    def total_len(self) -> int:
+        lane = self.lane
+        return self.known_len if lane is None else lane.clock + self.offset + 1
 
-    def append(self, token_id: int) -> None:
-        self.output.append(token_id)
-        self.total_len += 1
+    @property
+    def output_len(self) -> int:
+        return self.total_len - self.request.prompt_len
 
     @property
     def output_left(self) -> int:
-        return self.request.max_output_tokens - len(self.output)
+        return self.request.max_output_tokens - self.output_len
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.lane is not None
+
+    @property
+    def is_keyed(self) -> bool:
+        """Whether its content is known, so that its blocks can be found by others."""
+        return self.request.prompt_tokens is not None or self.request.block_keys is not None
 
     def enter(self, phase: Phase, now_s: float) -> None:
         """Charge the time since the last change to the phase that ends."""

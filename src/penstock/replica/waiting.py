@@ -26,6 +26,10 @@ class WaitingQueue:
     def __iter__(self) -> Iterator[Sequence]:
         return (entry[2] for entry in self._entries)
 
+    def at(self, place: int) -> Sequence:
+        """Counted from the head."""
+        return self._entries[place][2]
+
     @property
     def total_tokens(self) -> int:
         """Known tokens of everything that waits."""

@@ -21,7 +21,7 @@ class WholePrompt:
     def decide(self, candidate: Candidate, view: ReplicaView, now_s: float) -> Admission:
         sequence = candidate.sequence
         needed = ceil_div(sequence.total_len, view.block_tokens) - candidate.blocks_cached
-        watermark = int(self.watermark_frac * view.block_count) if view.running else 0
+        watermark = int(self.watermark_frac * view.block_count) if view.running_count else 0
         if needed + candidate.blocks_revived > view.blocks_available - watermark:
             return Admission(reason=WaitReason.KV_CAPACITY)
         return Admission(reserve_len=sequence.total_len)

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from penstock.policies.registry import Registry
 from penstock.policies.view import ReplicaView, SequenceView
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Share:
-    """`count` >= 1 tokens of `sequence` in the next step."""
+    """`count` >= 1 tokens of a prefilling `sequence` in the next step."""
 
     sequence: SequenceView
     count: int
+
+
+@dataclass(slots=True)
+class Composition:
+    """The next step: shares of prompts, and whether the decodes advance, all but the `paused`."""
+
+    shares: list[Share] = field(default_factory=list)
+    decode: bool = True
+    paused: list[SequenceView] = field(default_factory=list)
 
 
 class Compose(Protocol):
@@ -23,8 +32,8 @@ class Compose(Protocol):
     def prefill_room(self, view: ReplicaView, now_s: float) -> int:
         """Prompt tokens the next step can take from requests that have not started."""
 
-    def compose(self, view: ReplicaView, now_s: float) -> list[Share]:
-        """At most one share a sequence, in the order of `view.running`; never empty while something runs."""
+    def compose(self, view: ReplicaView, now_s: float) -> Composition:
+        """At most one share a sequence; something advances while something runs."""
 
 
 COMPOSE: Registry[Compose] = Registry("compose")

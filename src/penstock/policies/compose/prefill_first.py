@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from penstock.policies.compose import COMPOSE, Share
+from penstock.policies.compose import COMPOSE, Composition, Share
 from penstock.policies.view import ReplicaView
 
 
@@ -13,26 +13,20 @@ class PrefillFirst:
     """Best TTFT, worst gaps: a step holds whole prompts while there are any, else all decodes.
 
     Prompts join while their sum stays within `step_tokens_max`; a single longer prompt runs alone, unchunked.
-    O(running) a step.
+    O(prefilling) a step.
     """
 
     def prefill_room(self, view: ReplicaView, now_s: float) -> int:
-        planned = sum(
-            sequence.total_len - sequence.computed_len
-            for sequence in view.running
-            if not sequence.is_decoding
-        )
+        planned = sum(sequence.total_len - sequence.computed_len for sequence in view.prefilling)
         return max(0, view.step_tokens_max - planned)
 
-    def compose(self, view: ReplicaView, now_s: float) -> list[Share]:
+    def compose(self, view: ReplicaView, now_s: float) -> Composition:
         shares: list[Share] = []
         planned = 0
-        for sequence in view.running:
-            if sequence.is_decoding:
-                continue
+        for sequence in view.prefilling:
             count = sequence.total_len - sequence.computed_len
             if shares and planned + count > view.step_tokens_max:
                 break
             shares.append(Share(sequence, count))
             planned += count
-        return shares or [Share(sequence, 1) for sequence in view.running]
+        return Composition(shares, decode=not shares)

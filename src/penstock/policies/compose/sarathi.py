@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from penstock.policies.compose import COMPOSE, Share
+from penstock.policies.compose import COMPOSE, Composition, Share
 from penstock.policies.view import ReplicaView
 
 
@@ -11,26 +11,22 @@ class Sarathi:
     """Bound every gap between tokens: each decode gets one token a step, prompts share what is left.
 
     The budget is `step_tokens_max`; with B decodes prompts get max(0, budget - B) tokens, in rank order.
-    Unfinished prompts come before new ones because they rank among the running. O(running) a step.
+    Unfinished prompts come before new ones because they rank among the running. O(prefilling) a step.
     """
 
     def prefill_room(self, view: ReplicaView, now_s: float) -> int:
         left = view.step_tokens_max - view.decoding_count
-        for sequence in view.running:
-            if left <= 0:
-                break
-            if not sequence.is_decoding:
-                left -= sequence.total_len - sequence.computed_len
+        for sequence in view.prefilling:
+            left -= sequence.total_len - sequence.computed_len
         return max(0, left)
 
-    def compose(self, view: ReplicaView, now_s: float) -> list[Share]:
+    def compose(self, view: ReplicaView, now_s: float) -> Composition:
         left = view.step_tokens_max - view.decoding_count
         shares = []
-        for sequence in view.running:
-            if sequence.is_decoding:
-                shares.append(Share(sequence, 1))
-            elif left > 0:
-                count = min(sequence.total_len - sequence.computed_len, left)
-                left -= count
-                shares.append(Share(sequence, count))
-        return shares
+        for sequence in view.prefilling:
+            if left <= 0:
+                break
+            count = min(sequence.total_len - sequence.computed_len, left)
+            left -= count
+            shares.append(Share(sequence, count))
+        return Composition(shares)
