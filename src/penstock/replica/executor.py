@@ -11,4 +11,4 @@ class Executor(Protocol):
     """Runs plans in order. It holds KV bytes for the block ids it is told, and knows nothing of policy."""
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Forget `plan.ends`, take in `plan.starts`, compute `plan.items`; one token per emitting item."""
+        """Compute the plan; a token for every emitting chunk and every decode that it advances."""
