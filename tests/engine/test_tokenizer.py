@@ -195,9 +195,84 @@ def gguf_with(path: Path, **changes: object) -> Path:
             writer.add_array(key, value)
         elif isinstance(value, str):
             writer.add_string(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
         elif isinstance(value, int):
             writer.add_uint32(key, value)
     return finish(writer, path)
+
+
+def test_a_whole_word_is_taken_without_merging_where_the_rule_says_so(tmp_path: Path) -> None:
+    words = {"tokens": ["a", "b", "c", "abc"], "token_type": [1] * 4, "merges": []}
+    plain = from_gguf(gguf_with(tmp_path / "plain.gguf", **words, pre="gpt-2"))
+    whole = from_gguf(gguf_with(tmp_path / "whole.gguf", **words, pre="llama-bpe", add_bos_token=False))
+    assert (plain.encode("abc"), whole.encode("abc")) == ([0, 1, 2], [3])
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "cuts"),
+    [
+        ("default", "12345 a+b", ["123", "45", "Ġa", "+", "b"]),
+        ("tekken", "fooBar HTTPServer x12", ["foo", "Bar", "ĠHTTPServer", "Ġx", "1", "2"]),
+        ("starcoder", "x12 it's", ["x", "1", "2", "Ġit", "'s"]),
+    ],
+)
+def test_rules_without_a_published_pipeline_here_cut_as_described(
+    pre: str, text: str, cuts: list[str], tmp_path: Path
+) -> None:
+    backend = from_gguf(gguf_with(tmp_path / "m.gguf", pre=pre))._parts.backend
+    assert [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)] == cuts
+
+
+def test_the_first_of_two_equal_tokens_encodes_and_both_decode(tmp_path: Path) -> None:
+    tokens = {"tokens": ["a", "b", "a", "<e>"], "merges": []}
+    tokenizer = from_gguf(gguf_with(tmp_path / "m.gguf", **tokens))
+    assert tokenizer.encode("aa") == [0, 0] and tokenizer.decode([0, 2]) == "aa"
+
+
+def test_an_added_token_is_its_text_not_its_letters_bytes(tmp_path: Path) -> None:
+    """`é` alone is byte E9 in a byte-level vocabulary, but in an added token it is the letter."""
+    tokens = {"tokens": ["a", "b", "<é>", "<e>"], "token_type": [1, 1, 4, 3], "merges": []}
+    tokenizer = from_gguf(gguf_with(tmp_path / "m.gguf", **tokens))
+    assert tokenizer.encode("a<é>") == [0, 2] and tokenizer.decode([0, 2]) == "a<é>"
+
+
+SPM = {
+    "model": "llama",
+    "tokens": ["<unk>", "<s>", "</s>", "▁", "<", "s", ">", "<s", "    "],
+    "token_type": [2, 3, 3, 1, 1, 1, 1, 1, 4],
+    "scores": [0.0, 0.0, 0.0, -4.0, -5.0, -6.0, -7.0, -1.0, 0.0],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def test_spelt_out_control_text_never_merges_into_the_control_token(tmp_path: Path) -> None:
+    tokenizer = from_gguf(gguf_with(tmp_path / "m.gguf", **SPM))
+    assert tokenizer.encode("<s>", parse_special=False) == [1, 3, 7, 6]
+    assert tokenizer.encode("<s>", parse_special=False, add_special=False) == [3, 7, 6]
+    assert tokenizer.encode("<s>", add_special=False) == [1]
+
+
+def test_user_defined_runs_of_spaces_are_matched_as_they_stand(tmp_path: Path) -> None:
+    """Gemma's files have them, written with real spaces."""
+    tokenizer = from_gguf(gguf_with(tmp_path / "m.gguf", **SPM, add_bos_token=False, add_space_prefix=False))
+    assert tokenizer.encode("s    s ") == [5, 8, 5, 3]
+    assert tokenizer.decode([5, 8, 5, 3]) == "s    s "
+
+
+def test_scores_rank_the_pieces_not_their_ids(tmp_path: Path) -> None:
+    """The same SentencePiece model with its vocabulary in reverse order cuts text in the same pieces."""
+    import sentencepiece
+
+    model = train_sentencepiece(tmp_path, prefix=True)
+    reference = sentencepiece.SentencePieceProcessor(model_proto=model)
+    path = write_sentencepiece_gguf(model, tmp_path / "model.gguf", prefix=True, reverse=True)
+    ours = from_gguf(path)
+    texts = ours._parts.texts
+    for text in TEXTS:
+        pieces = [texts[i] for i in ours.encode(text, add_special=False)]
+        assert pieces == reference.EncodeAsPieces(text)
 
 
 def test_the_tiny_tokenizer_is_valid_before_it_is_broken(tmp_path: Path) -> None:

@@ -137,18 +137,19 @@ def train_sentencepiece(folder: Path, *, prefix: bool) -> bytes:
     return model_prefix.with_suffix(".model").read_bytes()
 
 
-def write_sentencepiece_gguf(model: bytes, path: Path, *, prefix: bool) -> Path:
+def write_sentencepiece_gguf(model: bytes, path: Path, *, prefix: bool, reverse: bool = False) -> Path:
+    """The model's pieces, scores and kinds; `reverse` gives its last piece the first id."""
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    ids = range(processor.GetPieceSize())
+    ids = range(processor.GetPieceSize())[:: -1 if reverse else 1]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model("llama")
     writer.add_token_list([processor.IdToPiece(i) for i in ids])
     writer.add_token_scores([processor.GetScore(i) for i in ids])
     writer.add_token_types([_kind(processor, i) for i in ids])
-    writer.add_bos_token_id(processor.bos_id())
-    writer.add_eos_token_id(processor.eos_id())
+    writer.add_bos_token_id(ids.index(processor.bos_id()))
+    writer.add_eos_token_id(ids.index(processor.eos_id()))
     writer.add_add_space_prefix(prefix)
     return finish(writer, path)
 

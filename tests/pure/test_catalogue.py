@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import threading
@@ -119,6 +120,20 @@ def test_a_catalogue_model_is_fetched_once(shop: Shop) -> None:
     assert resolve("tiny") == source
     assert resolve("tiny", offline=True) == source
     assert resolve("tiny", verify=True) == source
+
+
+def test_the_file_appears_whole_by_a_rename(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    renamed: list[bytes] = []
+    real = os.replace
+
+    def watched(source: Path, target: Path) -> None:
+        assert target == shop.target and not target.exists()
+        renamed.append(Path(source).read_bytes())
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    resolve("tiny")
+    assert renamed == [CONTENT]
 
 
 def test_a_file_of_the_wrong_size_is_fetched_again(shop: Shop) -> None:

@@ -242,6 +242,7 @@ def doubled(step: str, end: str) -> str:
 
 ENDLESS = {
     "range": "{% for i in range(10**9) %}{% endfor %}",
+    "range as a list": "{{ range(10**9) | list | length }}",
     "nested loops": "{% for i in range(40000) %}{% for j in range(40000) %}{% endfor %}{% endfor %}",
     "idle loop": "{% for i in range(40000) if (range(40000)|select('odd')|list) == 1 %}{% endfor %}",
     "text times number": "{{ 'a' * 10**10 }}",
@@ -269,7 +270,7 @@ ENDLESS = {
     "join method": "{{ ('b' * 10000).join([''] * 10000) }}",
     "join filter": "{{ ([''] * 10000) | join('b' * 10000) }}",
     "split": "{{ ('a ' * 200000).split() | length }}",
-    "letters": "{{ ('a' * 200000) | list | length }}",
+    "letters": "{{ ('a' * 990000) | list | length }}",
     "tilde": doubled("{% set x = x ~ x %}", "{{ x | length }}"),
     "plus": doubled("{% set x = x + x %}", "{{ x | length }}"),
     "set block": doubled("{% set x %}{{ x }}{{ x }}{% endset %}", "{{ x | length }}"),
@@ -290,6 +291,12 @@ ENDLESS = {
     "sorting much": "{{ ([2, 1] * 20000) | sort | length }} {{ ('ab' * 100000) | sort }}",
     "summing lists": "{{ ('a' * 100000) | sum(start=[]) }}",
     "dates": "{{ strftime_now('%d' * 1000) }}",
+    "json indent as a credit": "{{ [1] | tojson(indent=-10**9) }}" + "{{ 'a' * 900000 }}" * 2,
+    "indent as a credit": "{{ 'a\n' | indent(-9999) }}" + "{{ 'a' * 900000 }}" * 2,
+    "results of methods": "{% set x = 'a' * 99999 %}"
+    + "".join(f"{{% set y{i} = x.upper() %}}" for i in range(20)),
+    "results of filters": "{% set x = 'a' * 99999 %}"
+    + "".join(f"{{% set y{i} = x|upper %}}" for i in range(20)),
     "many texts": "".join(f"{{% set x{i} = 'a' * 100000 %}}" for i in range(20)),
 }
 
@@ -305,7 +312,7 @@ def test_an_endless_template_is_stopped_by_a_limit(case: str) -> None:
     finally:
         tracemalloc.stop()
     assert caught.value.param == "messages" and caught.value.hint
-    assert peak_bytes < 40 << 20
+    assert peak_bytes < 8 << 20
 
 
 RECURSIVE = {
@@ -368,6 +375,23 @@ def test_a_template_reaches_nothing_outside(template: str) -> None:
     finally:
         assert messages == [{"role": "user", "content": "x"}]
     assert text.strip("[], ") in ("", "Undefined", "Undefined Undefined")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "'\t'.expandtabs(9)",
+        "'a'.translate({97: 'bb'})",
+        "'a'.encode()",
+        "(1).to_bytes(9, 'big')",
+        "(1.5).hex()",
+    ]
+    + ["[1].append(2)", "[1].sort()", "{'a': 1}.pop('a')", "messages[0].update(a=1)", "range(9).index(3)"],
+)
+def test_methods_outside_the_list_are_not_there(method: str) -> None:
+    """They are refused for themselves, whatever their result would have been."""
+    with pytest.raises(InvalidRequest, match="unsafe"):
+        ChatTemplate("{{ " + method + " }}").render([{"role": "user", "content": "x"}])
 
 
 @settings(max_examples=150, deadline=None)

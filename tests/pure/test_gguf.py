@@ -260,6 +260,23 @@ def test_what_we_do_not_read_is_named(case: str, write: Callable[[bytes], Path])
     assert all(word in caught.value.message for word in words)
 
 
+def test_many_small_lists_and_strings_share_one_limit(
+    write: Callable[[bytes], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each entry alone is small; together they are what a lying file would fill the memory with."""
+    lists = [entry(f"k{i}", ARRAY, struct.pack("<IQ", 0, 10) + bytes(10)) for i in range(4)]
+    strings = [entry(f"k{i}", STRING, text("0123456789")) for i in range(4)]
+    of_strings = write(file_bytes(strings)).rename(tmp_path / "strings.gguf")
+    of_lists = write(file_bytes(lists))
+    assert len(GgufFile(of_lists).metadata) == len(GgufFile(of_strings).metadata) == 4
+    monkeypatch.setattr("penstock.models.gguf.MAX_ARRAY_ELEMENTS", 39)
+    with pytest.raises(ModelFileDamaged, match="`k3` claims an array of 10"):
+        GgufFile(of_lists)
+    monkeypatch.setattr("penstock.models.gguf.MAX_ALL_STRINGS_BYTES", 4 * len("k0") + 39)
+    with pytest.raises(ModelFileDamaged, match="`k3` has a string of 10 bytes"):
+        GgufFile(of_strings)
+
+
 def test_terminal_escapes_in_names_are_shown_harmlessly(write: Callable[[bytes], Path]) -> None:
     with pytest.raises(ModelFileDamaged) as caught:
         GgufFile(write(file_bytes(tensors=[tensor("\x1b[2Jw", [4, 0], 0, 0)])))

@@ -81,6 +81,7 @@ class Meter:
             raise RenderLimitExceeded(f"it ran for more than {self.limits.cpu_s:g} s")
 
     def spend(self, *, characters: int = 0, elements: int = 0) -> None:
+        assert characters >= 0 and elements >= 0, "a limit is never given back"
         self._characters_left -= characters
         self._elements_left -= elements
         if self._characters_left < 0:
@@ -160,7 +161,7 @@ _SLOW_FILTERS: Final = (
 ).split()
 
 # Names with a space cannot be written in a template.
-_TICK, _COUNTED, _TAKEN, _JOINED = "meter tick", "meter loop", "meter take", "meter concat"
+_TICK, _TAKEN, _JOINED = "meter tick", "meter take", "meter concat"
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
@@ -179,8 +180,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self._local = threading.local()
         self.globals = {"namespace": TemplateNamespace, "dict": dict, "range": self._range}
         self.filters = {name: self._wrapped(FILTERS[name], name) for name in (*_FAST_FILTERS, *_SLOW_FILTERS)}
-        self.filters |= {"join": self._join, _TICK: self._tick, _COUNTED: self._counted}
-        self.filters |= {_TAKEN: self._take, _JOINED: self._concat}
+        self.filters |= {"join": self._join, _TICK: self._tick, _TAKEN: self._take, _JOINED: self._concat}
 
     @property
     def meter(self) -> Meter:
@@ -276,11 +276,6 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.meter.tick()
         return self.meter.take(value)
 
-    def _counted(self, values: Any) -> Iterator[Any]:
-        for value in values:
-            self.meter.tick()
-            yield value
-
 
 class TemplateNamespace(Namespace):
     """As jinja2's, but shown without its contents: those may hold further namespaces, without end."""
@@ -304,8 +299,6 @@ class _MeterEverything(NodeTransformer):
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
-        node.iter = _through(_COUNTED, node.iter)
-        # A recursive `loop(…)` brings its own values, so the body is counted too.
         return self._tick_body(node)
 
     def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
@@ -359,7 +352,9 @@ def _finalize(context: Context, value: Any) -> Any:
     environment = context.environment
     assert isinstance(environment, BoundedEnvironment)
     environment.meter.tick()
-    if isinstance(value, (str, *_CONTAINERS)):
+    if isinstance(value, str):
+        environment.meter.spend(characters=len(value))
+    elif isinstance(value, _CONTAINERS):
         weight = environment.meter.weigh(value)
         environment.meter.spend(elements=weight.elements, characters=weight.characters)
     return value
@@ -446,7 +441,6 @@ def _spend_for_filter(meter: Meter, name: str, given: tuple[Any, ...], kwargs: d
 
 def _spend_for_json(meter: Meter, value: Any, options: tuple[Any, ...]) -> None:
     """Every element may bring a line of its own, indented by its depth, and a separator."""
-    _refuse_huge_sizes(options)
     flat = [option for given in options for option in (given if isinstance(given, tuple | list) else [given])]
     width = sum(_width(option) for option in flat)
     weight = meter.weigh(value)
@@ -454,8 +448,8 @@ def _spend_for_json(meter: Meter, value: Any, options: tuple[Any, ...]) -> None:
 
 
 def _width(given: Any) -> int:
-    """An indent is a number of spaces or a text."""
-    return len(given) if isinstance(given, str) else int(given or 0)
+    """An indent is a number of spaces or a text. Never negative: that would be a credit."""
+    return len(given) if isinstance(given, str) else max(0, int(given or 0))
 
 
 def _spend_for_format(meter: Meter, text: str, field_mark: str, arguments: object) -> None:
