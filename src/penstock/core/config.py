@@ -93,6 +93,13 @@ def setting_help() -> list[tuple[str, str, Any]]:
     return [(key, field.metadata.get("help", ""), _default(field)) for key, field in _known_fields().items()]
 
 
+def setting_bounds() -> dict[str, tuple[float | None, float | None]]:
+    """Key → (least, greatest) number allowed, of every setting; None where there is no bound."""
+    return {
+        key: (field.metadata.get("low"), field.metadata.get("high")) for key, field in _known_fields().items()
+    }
+
+
 def _known_fields() -> dict[str, Field[Any]]:
     """Dotted key → field, of all plain settings; `[slo.*]` is read by itself."""
     known: dict[str, Field[Any]] = {}
