@@ -1,0 +1,373 @@
+"""The documents are true: what they name exists, what they show parses, what is generated is current."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_args
+
+import pytest
+import typer
+from markdown import Fence, anchors, documents, fences, inline_code, links, penstock_words, shell_lines
+
+from penstock.cli.main import app
+from penstock.core import reasons
+from penstock.core.config import environment_name, resolve, setting_help
+from penstock.models.architecture import Architecture
+from penstock.models.ggml_quants import GgmlType
+from penstock.policies.stack import REGISTRIES, load_preset, preset_names
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = documents(ROOT)
+NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
+GENERATED = ROOT / "docs" / "reference"
+RENEW = "run `make docs` and commit what it writes"
+
+# What belongs to one machine, and never into a document.
+PRIVATE = re.compile(r"/(work|root|home|tmp|Users)/|file://|\bindex-url https?:|\blocalhost:\d")
+# A command line that is a pattern rather than an example.
+PATTERN = re.compile(r"[\[\]…|<>]|\.\.\.")
+UNIT_WORDS = frozenset({"s", "ms", "tokens", "bytes", "scale", "divisor"})
+# Numbers without a unit: counts, ports and seeds; and a length whose help says that it is in tokens.
+UNITLESS = frozenset(
+    {
+        "--port",
+        "--threads",
+        "--running-max",
+        "--limit",
+        "--concurrency-max",
+        "--seed",
+        "--vocab-size",
+        "--context-len",
+    }
+)
+
+
+def load_reference() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("reference", ROOT / "scripts" / "reference.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+reference = load_reference()
+PAGES: dict[str, str] = reference.pages()
+COMMANDS = reference.commands()
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def all_fences(*languages: str) -> list[tuple[str, Fence]]:
+    return [(name, fence) for name in NAMES for fence in fences(text_of(name)) if fence.language in languages]
+
+
+# ---- generated pages --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(set(PAGES) - {"openapi.json"}))
+def test_a_generated_page_is_current(name: str) -> None:
+    assert (GENERATED / name).read_text(encoding="utf-8") == PAGES[name], RENEW
+
+
+def test_nothing_else_lies_among_the_generated_pages() -> None:
+    assert {path.name for path in GENERATED.iterdir()} == set(PAGES)
+
+
+def shape_of(document: dict[str, Any]) -> dict[str, Any]:
+    """What no version of the framework may change: endpoints and statuses, schemas and fields."""
+    paths = {
+        (path, method): sorted(operation["responses"])
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    }
+    schemas = document["components"]["schemas"]
+    return {
+        "paths": paths,
+        "schemas": {name: sorted(schema.get("properties", ())) for name, schema in schemas.items()},
+    }
+
+
+def test_the_openapi_document_is_current() -> None:
+    """To the letter where the same framework made it; elsewhere, in what we decide."""
+    stored, made = json.loads((GENERATED / "openapi.json").read_text()), json.loads(PAGES["openapi.json"])
+    assert shape_of(stored) == shape_of(made), RENEW
+    if stored["info"][reference.MADE_WITH] == made["info"][reference.MADE_WITH]:
+        assert stored == made, RENEW
+
+
+def test_generated_pages_know_nothing_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-mine")
+    monkeypatch.setenv("PENSTOCK_REPLICA_KV_MEMORY", "7MiB")
+    again = reference.pages()
+    assert again == PAGES
+
+
+# ---- links and names --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_relative_links_resolve(name: str) -> None:
+    for target in links(text_of(name)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (ROOT / name).parent / path if path else ROOT / name
+        assert found.exists(), f"{name} links to {target}"
+        if anchor:
+            assert anchor in anchors(found.read_text(encoding="utf-8")), f"{name} links to {target}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_document_tells_of_one_machine(name: str) -> None:
+    assert not PRIVATE.search(text_of(name)), PRIVATE.search(text_of(name))
+
+
+def test_documents_that_the_code_names_exist() -> None:
+    named = {
+        (path.name, document)
+        for folder in ("src", "scripts", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+        for document in re.findall(r"\bdocs/[\w/-]+\.(?:md|json)", path.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 5
+    assert [each for each in sorted(named) if not (ROOT / each[1]).exists()] == []
+
+
+def test_files_that_documents_name_exist() -> None:
+    rooms = "|".join(path.name for path in (ROOT / "src" / "penstock").iterdir() if path.is_dir())
+    in_package = re.compile(rf"(?:{rooms})/[\w/]+\.(?:py|c|toml)")
+    in_tree = re.compile(r"(?:src|tests|scripts)/[\w/]+\.(?:py|c|toml)")
+    found = 0
+    for name in NAMES:
+        for code in inline_code(text_of(name)):
+            base = ROOT / "src" / "penstock" if in_package.fullmatch(code) else ROOT
+            if not in_package.fullmatch(code) and not in_tree.fullmatch(code):
+                continue
+            if "shortest_prompt" in code or "NAME" in code:
+                continue  # the file that a reader is told to write
+            found += 1
+            assert (base / code).exists(), f"{name} names {code}"
+    assert found > 20
+
+
+def test_settings_that_documents_name_exist() -> None:
+    known = {key for key, _, _ in setting_help()}
+    variables = {environment_name(key) for key in known} | {"PENSTOCK_CACHE_DIR", "PENSTOCK_MARCH"}
+    sections = "|".join(sorted({key.partition(".")[0] for key in known if "." in key}))
+    pattern = re.compile(rf"((?:{sections})\.\w+)(?: = .*)?")
+    found = set()
+    for name in NAMES:
+        text = text_of(name)
+        for code in inline_code(text):
+            match = pattern.fullmatch(code)
+            if match and not code.endswith(".py"):
+                found.add(match[1])
+                assert match[1] in known, f"{name} names the setting {code}"
+        hostile = (
+            set() if name in ("docs/config.md", "docs/commands/config.md") else {"PENSTOCK_GATEWAY_PROT"}
+        )
+        unknown = set(re.findall(r"\bPENSTOCK_[A-Z_]+\b", text)) - variables - {"PENSTOCK_GATEWAY_PROT"}
+        assert not unknown, f"{name} names {unknown}"
+        assert not hostile & set(re.findall(r"\bPENSTOCK_[A-Z_]+\b", text))
+    assert len(found) > 15
+
+
+def test_metrics_that_documents_name_exist() -> None:
+    exposed = set()
+    for family in reference.metric_families():
+        exposed |= {family.name} | {sample.name for sample in family.samples}
+    found = set()
+    for name in NAMES:
+        for metric in re.findall(r"\b(?:penstock|vllm):[a-z_]+\b", text_of(name)):
+            found.add(metric)
+            assert metric in exposed, f"{name} names {metric}"
+    assert len(found) > 30
+
+
+def test_makefile_targets_that_documents_name_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", text_of("Makefile"), re.MULTILINE))
+    named = {
+        target
+        for name in NAMES
+        for code in [*inline_code(text_of(name)), *shell_lines(text_of(name))]
+        for target in re.findall(r"^(?:[A-Z_]+=\S+ )?make ([a-z]+)", code)
+    }
+    assert {"demo", "test", "check", "docs"} <= named <= targets
+
+
+def test_every_reason_code_is_explained() -> None:
+    told = set(inline_code(text_of("docs/policies.md")))
+    enums = (
+        reasons.FinishReason,
+        reasons.WaitReason,
+        reasons.PreemptReason,
+        reasons.CancelReason,
+        reasons.ShedReason,
+        reasons.MissReason,
+    )
+    assert {reason.value for enum in enums for reason in enum} - told == set()
+
+
+def test_every_policy_preset_and_slot_is_in_the_guide() -> None:
+    told = set(inline_code(text_of("docs/policies.md"))) | set(inline_code(text_of("CHANGELOG.md")))
+    policies = {name for registry in REGISTRIES.values() for name in registry.names()}
+    assert ({*policies, *preset_names(), *REGISTRIES}) - told == set()
+
+
+def test_what_the_engine_runs_is_listed() -> None:
+    text = text_of("docs/engine.md")
+    assert set(get_args(Architecture)) - set(inline_code(text)) == set()
+    types = re.search(r"GGUF tensor types: ([^.]*)\.", text)
+    assert types is not None
+    assert set(types[1].split(", ")) == {each.name for each in GgmlType}
+
+
+# ---- examples ---------------------------------------------------------------------------------------------
+
+
+def leaf_of(words: list[str]) -> tuple[Any, list[str]]:
+    """Follow command names as far as they go: the command, and the words that are left."""
+    command: Any = typer.main.get_command(app)
+    while hasattr(command, "commands") and words and not words[0].startswith("-"):
+        assert words[0] in command.commands, f"no command `{' '.join(words)}`"
+        command, words = command.commands[words[0]], words[1:]
+    return command, words
+
+
+def check_names(words: list[str]) -> None:
+    """The command exists, and so does each option in the line."""
+    command, rest = leaf_of(words)
+    known = {name for parameter in command.params for name in parameter.opts} | {"--help"}
+    options = re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", " ".join(rest))
+    assert set(options) <= known, f"`{' '.join(words)}`: {set(options) - known}"
+
+
+def check_parses(words: list[str]) -> None:
+    """Typer's own parser takes the line; the command is not run."""
+    command, rest = leaf_of(words)
+    assert not hasattr(command, "commands"), f"`{' '.join(words)}` is no complete command"
+    command.make_context(command.name, list(rest))
+
+
+def example_lines(name: str) -> list[list[str]]:
+    found = (penstock_words(line) for line in shell_lines(text_of(name)))
+    return [words for words in found if words is not None]
+
+
+def test_command_lines_in_documents_parse() -> None:
+    parsed = 0
+    for name in NAMES:
+        for words in example_lines(name):
+            if PATTERN.search(" ".join(words)) or {"--help", "--version"} & set(words):
+                check_names(words)
+            else:
+                check_parses(words)
+                parsed += 1
+    assert parsed > 30
+
+
+def test_commands_named_in_the_text_exist() -> None:
+    for name in NAMES:
+        for code in inline_code(text_of(name)):
+            words = penstock_words(code.replace("|", " "))
+            if words is None or "--version" in words:
+                continue
+            for alternative in [words] if "|" not in code else alternatives(code):
+                check_names(alternative)
+
+
+def alternatives(code: str) -> list[list[str]]:
+    """`penstock model list|pull` → both commands."""
+    *front, last = code.split()[1:]
+    return [[*front, choice] for choice in last.split("|")]
+
+
+def test_the_checks_of_command_lines_bite() -> None:
+    assert penstock_words("A=1 penstock serve --port 0 | cat  # here") == ["serve", "--port", "0"]
+    with pytest.raises(AssertionError, match="no command"):
+        check_names(["sevre"])
+    with pytest.raises(AssertionError, match="--prot"):
+        check_names(["serve", "--prot", "1"])
+    for words in (["serve", "--port", "high"], ["replay"], ["trace", "convert", "one.csv"]):
+        with pytest.raises(Exception, match=r"(?i)valid integer|missing"):
+            check_parses(words)
+
+
+@pytest.mark.parametrize(("name", "fence"), all_fences("python"), ids=str)
+def test_python_examples_compile(name: str, fence: Fence) -> None:
+    ast.parse(fence.body, filename=name)
+
+
+def test_there_are_python_examples() -> None:
+    assert len(all_fences("python")) >= 2
+
+
+def test_toml_examples_are_settings() -> None:
+    found = all_fences("toml")
+    assert len(found) >= 3
+    for name, fence in found:
+        resolve(file_text=fence.body, file_name=name, environ={}, flags={}, load_preset=load_preset)
+
+
+def test_json_examples_parse() -> None:
+    found = all_fences("json")
+    assert found
+    for _, fence in found:
+        json.loads(fence.body)
+
+
+def test_the_recipe_for_a_policy_works() -> None:
+    """The example of CONTRIBUTING, run in a registry of its own."""
+    fence = next(fence for fence in fences(text_of("CONTRIBUTING.md")) if "@RANK.register" in fence.body)
+    registry = type(REGISTRIES["rank"])("rank")
+    code = re.sub(r"import RANK, RankKey", "import RankKey", fence.body)
+    scope: dict[str, Any] = {"RANK": registry, "__name__": "example"}
+    exec(compile(code, "CONTRIBUTING.md", "exec"), scope)  # noqa: S102 our own document
+    assert registry.names() == ["shortest-prompt"]
+    policy = registry.make("shortest-prompt")
+    assert policy.version(0.0) == 0
+
+
+# ---- help -------------------------------------------------------------------------------------------------
+
+
+def test_every_command_has_a_page() -> None:
+    pages = {path.stem for path in (ROOT / "docs" / "commands").glob("*.md")}
+    assert pages == {page.words[0] for page in COMMANDS}
+
+
+@pytest.mark.parametrize("page", COMMANDS, ids=lambda page: "-".join(page.words))
+def test_help_says_what_and_how(page: Any) -> None:
+    first_line = page.help.split("\n")[0]
+    assert first_line.endswith(".") and len(first_line) <= 110
+    assert page.examples, f"`{page.name} --help` has no example"
+    for example in page.examples:
+        words = penstock_words(example)
+        assert words is not None
+        check_parses(words)
+    assert all(parameter.help for parameter in page.parameters)
+    assert any("--json" in parameter.names for parameter in page.parameters) or page.name == "penstock serve"
+
+
+@pytest.mark.parametrize("page", COMMANDS, ids=lambda page: "-".join(page.words))
+def test_numbers_say_their_unit(page: Any) -> None:
+    for parameter in page.parameters:
+        if parameter.kind in (int, float):
+            name = parameter.names[0]
+            assert name.rpartition("-")[2] in UNIT_WORDS or name in UNITLESS, name
+
+
+def test_tomls_of_presets_are_short() -> None:
+    for path in (ROOT / "src" / "penstock" / "presets").glob("*.toml"):
+        assert set(tomllib.loads(path.read_text())) >= {"summary", "source", "policies"}
+        assert len(path.read_text().splitlines()) <= 20, "a paper is a file of ten lines, or two"
