@@ -3,7 +3,11 @@
 A GEMM library may block, and so round, differently for another number of rows: with MKL in float32, fewer
 than about ten rows differ in the last bit from many. Output must not depend on the batch (DESIGN law 8), so
 each distinct shape is measured at load: from how many rows on are all results equal, bit for bit? Smaller
-calls are padded to that number. oneDNN's bfloat16 needs no padding on the machines measured (FACTS.md).
+calls are padded to that number.
+
+In bfloat16 another order of summing shows rarely: oneDNN multiplies a single row with 1,536 columns in other
+blocks than two rows, and one result in 8,000 rounds to another number. A measurement of one call would miss
+it, so as many results are compared as would show one in 10,000 almost surely.
 """
 
 from __future__ import annotations
@@ -15,11 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from penstock.core.units import ceil_div
 from penstock.engine.linear import PackedLinear
 from penstock.engine.threads import Threads
 
 _ROWS_TRIED: Final = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 48, 64, 65, 100, 128, 129, 192)
-_ROWS_MIN_TRIED: Final = (1, 16, 32)
+_ROWS_MIN_TRIED: Final = (1, 2, 4, 8, 16, 32)
+_RESULTS_COMPARED: Final = 100_000  # of each row count, as far as there are rows
 _TILE_ROWS: Final = 32  # where no padding helps, every call is made of tiles of just so many rows
 
 
@@ -93,7 +99,14 @@ def measure_rows_min(
         return multiply(x)
 
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(max(_ROWS_TRIED) + 8, columns, generator=generator).to(dtype)
+    x = torch.randn(max(_ROWS_TRIED), columns, generator=generator).to(dtype)
     whole = run(x)
-    unequal = [rows for rows in _ROWS_TRIED if not torch.equal(run(x[8 : 8 + rows]), whole[8 : 8 + rows])]
+
+    def is_equal(rows: int) -> bool:
+        """Whether calls of `rows` rows give what one call of all does."""
+        calls = min(len(x) // rows, ceil_div(_RESULTS_COMPARED, rows * whole.shape[1]))
+        starts = range(0, calls * rows, rows)
+        return all(torch.equal(run(x[at : at + rows]), whole[at : at + rows]) for at in starts)
+
+    unequal = [rows for rows in _ROWS_TRIED if not is_equal(rows)]
     return next((rows_min for rows_min in _ROWS_MIN_TRIED if all(r < rows_min for r in unequal)), None)
