@@ -200,6 +200,6 @@ def _engine_of(pid: int) -> psutil.Process:
 def _is_running(process: psutil.Process) -> bool:
     """False also for a process that has ended but was not reaped by whoever inherited it."""
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False

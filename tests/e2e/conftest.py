@@ -9,8 +9,8 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from benchmarks.in_process import InProcess
 from benchmarks.server_process import ServerProcess, start_server, wait_until
-from in_process import InProcess
 from live import StartServer, is_idle
 from tiny_chat_model import write_tiny_chat_model
 

@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from benchmarks.in_process import InProcess
 from benchmarks.server_process import ServerProcess, metric_sum, wait_until
-from in_process import InProcess
 from tiny_chat_model import VOCAB
 
 MODEL = "tiny"

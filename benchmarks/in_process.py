@@ -42,16 +42,19 @@ class InProcess:
         text = self.template.render([{"role": "user", "content": content}])
         return self.tokenizer.encode(text, add_special=False, parse_special=True)
 
-    def run(self, prompt: Sequence[int], max_tokens: int, **sampling: Any) -> Output:
-        """Greedy unless `sampling` says otherwise; ends at the model's own end tokens."""
+    def run(
+        self, prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool = False, **sampling: Any
+    ) -> Output:
+        """Greedy unless `sampling` says otherwise."""
         params = SamplingParams(**{"temperature": 0.0, **sampling})
+        ends = frozenset[int]() if ignore_eos else frozenset(self.tokenizer.eos_ids)
         request = Request(
             "alone",
             len(prompt),
             max_tokens,
             0.0,
             prompt_tokens=list(prompt),
-            stop_token_ids=frozenset(self.tokenizer.eos_ids),
+            stop_token_ids=ends,
             sampling=params,
         )
         replica = Replica(self._engine.limits, make_stack(self._settings.policies))
@@ -65,5 +68,5 @@ class InProcess:
         self._engine.executor.reset()
         return output
 
-    def text(self, prompt: Sequence[int], max_tokens: int, **sampling: Any) -> str:
-        return self.tokenizer.decode(self.run(prompt, max_tokens, **sampling).tokens)
+    def text(self, prompt: Sequence[int], max_tokens: int, **options: Any) -> str:
+        return self.tokenizer.decode(self.run(prompt, max_tokens, **options).tokens)
