@@ -60,6 +60,9 @@ def check_feasible(request: Request, limits: ReplicaLimits) -> None:
         )
 
 
+_Ends = dict[int, tuple[FinishReason, int | None]]  # seq_id → why, and the stop token if one was drawn
+
+
 class Replica:
     """Decides every step of one replica. It is itself the `ReplicaView` that its policies read.
 
@@ -182,18 +185,23 @@ class Replica:
         return plan
 
     def complete(self, plan: StepPlan, result: StepResult, now_s: float) -> list[ReplicaEvent]:
-        """Account the executed plan. Events: admissions and preemptions, then decodes, then first tokens."""
+        """Account the executed plan. Events: admissions, preemptions, tokens, ends."""
         assert plan is self._outstanding, "plans are completed in order, once"
         assert 1 <= result.steps <= plan.repeat
         self._outstanding = None
         self._now_s = now_s
         events, self._events = self._events, []
+        ends: _Ends = {}
         if plan.decode_count:
-            self._advance_decodes(plan, result, events, now_s)
+            self._advance_decodes(plan, result, events, ends, now_s)
         for chunk in plan.chunks:
             sequence = self._running.get(chunk.seq_id)
             if sequence is not None:  # else it was cancelled while the step ran
-                self._advance_chunk(sequence, chunk, result, events, now_s)
+                self._advance_chunk(sequence, chunk, result, events, ends, now_s)
+        # In order of arrival, so that it does not matter how an end was found
+        for seq_id, (reason, stop_token_id) in sorted(ends.items()) if len(ends) > 1 else ends.items():
+            sequence = self._running[seq_id]
+            events.append(self._finish(sequence, reason, now_s, stop_token_id=stop_token_id))
         stats = self._stats
         stats.step_index = plan.index + result.steps - 1
         stats.step_tokens = plan.token_count
@@ -291,13 +299,15 @@ class Replica:
 
     def _secure_decodes(self, now_s: float) -> None:
         """A block for every decode whose last one is full; where there are too few, somebody yields."""
-        needy = [
-            sequence
-            for sequence in self._lane.at_edge().values()
-            if len(sequence.blocks) * self.block_tokens == sequence.computed_len
-        ]
-        if len(needy) > self._pool.available:
-            needy.sort(key=self._rank_key)
+        lane, block_tokens = self._lane, self.limits.kv_block_tokens
+        clock = lane.clock
+        needy = [s for s in lane.at_edge().values() if len(s.blocks) * block_tokens == clock + s.offset]
+        if len(needy) <= self._pool.available:
+            for sequence, block in zip(needy, self._pool.allocate(len(needy), now_s), strict=True):
+                sequence.blocks.append(block)
+                self._new_blocks.append((sequence.seq_id, [block]))
+            return
+        needy.sort(key=self._rank_key)
         for sequence in needy:
             if sequence.running:
                 self._secure(sequence, sequence.computed_len + 1, now_s)
@@ -434,9 +444,9 @@ class Replica:
     # ---- taking results -------------------------------------------------------------------------------
 
     def _advance_decodes(
-        self, plan: StepPlan, result: StepResult, events: list[ReplicaEvent], now_s: float
+        self, plan: StepPlan, result: StepResult, events: list[ReplicaEvent], ends: _Ends, now_s: float
     ) -> None:
-        """The lane moves on by `result.steps`; then those that ended leave it."""
+        """The lane moves on by `result.steps`."""
         lane = self._lane
         for seq_id in plan.paused:
             if seq_id in lane.members:
@@ -447,24 +457,32 @@ class Replica:
             lane.clock += 1
             if self.limits.prefix_cache:
                 for sequence in lane.at_edge().values():
-                    self._publish_full_blocks(sequence)
+                    if sequence.is_keyed:
+                        self._publish_full_blocks(sequence)
         self._standing_steps = max(0, self._standing_steps - (result.steps - 1))
         if result.tokens is not None:
-            for seq_id, sequence in list(lane.members.items()):
+            for seq_id, sequence in lane.members.items():
                 if seq_id not in plan.paused:
-                    self._take_token(sequence, result.tokens[seq_id], result, events, now_s)
+                    self._take_token(sequence, result.tokens[seq_id], result, events, ends)
         for seq_id in result.stopped:
             if seq_id in lane.members:
-                events.append(self._finish(lane.members[seq_id], FinishReason.STOP, now_s))
+                ends[seq_id] = (FinishReason.STOP, None)
         for sequence in lane.finished():
-            events.append(self._finish(sequence, FinishReason.LENGTH, now_s))
+            ends.setdefault(sequence.seq_id, (FinishReason.LENGTH, None))
 
     def _advance_chunk(
-        self, sequence: Sequence, chunk: Chunk, result: StepResult, events: list[ReplicaEvent], now_s: float
+        self,
+        sequence: Sequence,
+        chunk: Chunk,
+        result: StepResult,
+        events: list[ReplicaEvent],
+        ends: _Ends,
+        now_s: float,
     ) -> None:
         """A chunk has KV now; the last one of a prompt yields a token and begins the decode."""
         sequence.computed += chunk.count
-        self._publish_full_blocks(sequence)
+        if sequence.is_keyed and self.limits.prefix_cache:
+            self._publish_full_blocks(sequence)
         if result.prompt_logprobs:
             sequence.prompt_logprobs += result.prompt_logprobs.get(sequence.seq_id, ())
         if not chunk.emits:
@@ -476,26 +494,29 @@ class Replica:
         sequence.known_len += 1
         self._lane.join(sequence)
         if result.tokens is not None:
-            self._take_token(sequence, result.tokens[sequence.seq_id], result, events, now_s)
+            self._take_token(sequence, result.tokens[sequence.seq_id], result, events, ends)
         elif sequence.seq_id in result.stopped:
-            events.append(self._finish(sequence, FinishReason.STOP, now_s))
-        if sequence.running and sequence.output_left == 0:
-            events.append(self._finish(sequence, FinishReason.LENGTH, now_s))
+            ends[sequence.seq_id] = (FinishReason.STOP, None)
+        if sequence.output_left == 0:
+            ends.setdefault(sequence.seq_id, (FinishReason.LENGTH, None))
 
     def _take_token(
-        self, sequence: Sequence, token_id: int, result: StepResult, events: list[ReplicaEvent], now_s: float
+        self,
+        sequence: Sequence,
+        token_id: int,
+        result: StepResult,
+        events: list[ReplicaEvent],
+        ends: _Ends,
     ) -> None:
-        """Tell the world of the token, or of the end it means. A stop token is counted, but not told."""
+        """Tell the world of the token, or note the end it means. A stop token is counted, but not told."""
         sequence.output.append(token_id)
         if token_id in sequence.request.stop_token_ids:
-            events.append(self._finish(sequence, FinishReason.STOP, now_s, stop_token_id=token_id))
+            ends[sequence.seq_id] = (FinishReason.STOP, token_id)
         else:
-            events.append(_token_event(sequence, token_id, result, now_s))
+            events.append(_token_event(sequence, token_id, result, self._now_s))
 
     def _publish_full_blocks(self, sequence: Sequence) -> None:
         """Offer blocks that this step filled to the prefix index."""
-        if not sequence.is_keyed or not self.limits.prefix_cache:
-            return
         full_blocks = sequence.computed_len // self.block_tokens
         if full_blocks == sequence.published_blocks:
             return

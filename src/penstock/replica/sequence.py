@@ -43,6 +43,7 @@ class Sequence:
         "computed",
         "finish_clock",
         "first_token_s",
+        "is_keyed",
         "known_len",
         "lane",
         "last_s",
@@ -71,6 +72,8 @@ class Sequence:
         self.finish_clock = 0
         self.cached_len = 0  # of the first admission; what `usage` reports
         self.blocks: list[int] = []
+        # Whether its content is known, so that others can find its blocks
+        self.is_keyed = request.prompt_tokens is not None or request.block_keys is not None
         self.block_keys: list[bytes] = []  # of the leading full blocks, as far as they are needed
         self.published_blocks = 0  # leading blocks already offered to the prefix index
         self.prompt_logprobs: list[TokenLogprobs] = []  # where asked for, as far as computed
@@ -107,11 +110,6 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         return self.lane is not None
-
-    @property
-    def is_keyed(self) -> bool:
-        """Whether its content is known, so that its blocks can be found by others."""
-        return self.request.prompt_tokens is not None or self.request.block_keys is not None
 
     def enter(self, phase: Phase, now_s: float) -> None:
         """Charge the time since the last change to the phase that ends."""
