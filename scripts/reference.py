@@ -248,8 +248,9 @@ def metrics_page() -> str:
         NOTE,
         "What `GET /metrics` exposes, as Prometheus text. Every metric has the labels `model_name` and "
         "`engine`, unless its row says otherwise. Where the third column says yes, the same samples appear "
-        f"again under `{ALIAS}` in place of `{OURS}`. Definitions of the instants: [api.md](../api.md#metrics). "
-        "What to alert on: [operations.md](../operations.md#what-to-alert-on).",
+        f"again under `{ALIAS}` in place of `{OURS}`.",
+        "Definitions of the instants: [api.md](../api.md#metrics). What to alert on: "
+        "[operations.md](../operations.md#what-to-alert-on).",
         _table(("Name", "Type", "vLLM", "Further labels", "Meaning"), rows),
     ]
     return "\n\n".join(parts) + "\n"

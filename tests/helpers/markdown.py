@@ -47,8 +47,8 @@ def inline_code(text: str) -> list[str]:
 
 def anchors(text: str) -> set[str]:
     """The anchors that GitHub gives to the headings."""
-    names = (re.sub(r"[^\w\- ]", "", heading.strip().lower()) for heading in _HEADING.findall(text))
-    return {name.replace(" ", "-") for name in names}
+    headings = _HEADING.findall(without_fences(text))
+    return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
 
 
 def shell_lines(text: str) -> Iterator[str]:

@@ -292,6 +292,34 @@ def alternatives(code: str) -> list[list[str]]:
     return [[*front, choice] for choice in last.split("|")]
 
 
+def test_markdown_is_read_as_it_is_meant() -> None:
+    text = """# A `b` c: d!
+See [x](y.md#z) and `[no](link)`, `penstock serve`.
+
+    penstock policies
+
+- item
+
+  ```sh
+  # not a heading
+  A=1 penstock serve | cat
+  ```
+
+```console
+$ penstock model list
+penstock is only output
+```
+"""
+    assert anchors(text) == {"a-b-c-d"}
+    assert links(text) == ["y.md#z"]
+    assert inline_code(text) == ["b", "[no](link)", "penstock serve"]
+    assert [words for line in shell_lines(text) if (words := penstock_words(line)) is not None] == [
+        ["serve"],
+        ["model", "list"],
+        ["policies"],
+    ]
+
+
 def test_the_checks_of_command_lines_bite() -> None:
     assert penstock_words("A=1 penstock serve --port 0 | cat  # here") == ["serve", "--port", "0"]
     with pytest.raises(AssertionError, match="no command"):
