@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 from penstock.core.request import Request
 from penstock.policies.retain import RETAIN
 
@@ -10,11 +12,11 @@ from penstock.policies.retain import RETAIN
 class Lru:
     """Least recently used first. A sequence parks its last blocks first, so shared beginnings stay longest.
 
-    O(1) an event; a dict keeps insertion order.
+    O(1) an event. Not a plain dict: finding its first key passes over every key deleted before it.
     """
 
     def __init__(self) -> None:
-        self._parked: dict[int, None] = {}
+        self._parked: OrderedDict[int, None] = OrderedDict()
 
     def parked(self, block: int, request: Request, now_s: float) -> None:
         self._parked[block] = None
@@ -23,8 +25,7 @@ class Lru:
         del self._parked[block]
 
     def victim(self, now_s: float) -> int:
-        block = next(iter(self._parked))
-        del self._parked[block]
+        block, _ = self._parked.popitem(last=False)
         return block
 
     def __len__(self) -> int:
