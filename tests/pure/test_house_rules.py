@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "desk": {"core", "policies"},
     "workloads": {"core"},
     "engine": {"core", "policies", "models", "replica"},
+    "twin": {"core", "policies", "models", "replica", "desk", "workloads"},
     "gateway": {"core", "policies", "models", "replica", "desk"},
     "cli": {"core", "policies", "models", "replica", "desk", "workloads", "engine", "gateway"},
 }
