@@ -104,13 +104,12 @@ def run_server(settings: Settings, ready_file: Path | None, as_json: bool) -> in
         info = link.wait_ready(_tell_stage)
         app = create_app(link, tokenizer, template, settings)
 
-        def on_listening(host: str, port: int) -> None:
-            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        def on_ready(url: str) -> None:
             print(_summary_json(url, info) if as_json else _summary(url, info, source), flush=True)
             if ready_file is not None:
                 ready_file.write_text(url + "\n")
 
-        return run_gateway(app, settings.gateway, sock=sock, on_listening=on_listening)
+        return run_gateway(app, settings, sock=sock, on_ready=on_ready)
     finally:
         link.close(timeout_s=5.0)
         sock.close()
