@@ -205,6 +205,12 @@ def test_makefile_targets_that_documents_name_exist() -> None:
     assert {"demo", "test", "check", "docs"} <= named <= targets
 
 
+def test_every_room_has_its_line() -> None:
+    rooms = {path.name for path in (ROOT / "src" / "penstock").iterdir() if (path / "__init__.py").exists()}
+    told = set(re.findall(r"^\| `(\w+)/` \|", text_of("docs/architecture.md"), re.MULTILINE))
+    assert rooms | {"presets"} == told
+
+
 def test_every_reason_code_is_explained() -> None:
     told = set(inline_code(text_of("docs/policies.md")))
     enums = (
