@@ -33,7 +33,8 @@ from penstock.engine.threads import Threads
 from penstock.models.catalogue import resolve
 from penstock.models.config import weight_shapes
 from penstock.policies.stack import make_stack
-from penstock.replica.replica import Replica, ReplicaLimits
+from penstock.replica.limits import ReplicaLimits
+from penstock.replica.replica import Replica
 
 MODEL = "smollm2-135m-instruct"
 DTYPE = torch.bfloat16

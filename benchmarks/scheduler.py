@@ -24,7 +24,8 @@ from penstock.core.request import Request
 from penstock.core.settings import PolicySettings
 from penstock.core.step import StepPlan, StepResult
 from penstock.policies.stack import make_stack
-from penstock.replica.replica import Replica, ReplicaLimits
+from penstock.replica.limits import ReplicaLimits
+from penstock.replica.replica import Replica
 
 BUDGET_US, BUDGET_RUNNING = 200.0, 256
 RUNNING = (1, 16, 64, 256)

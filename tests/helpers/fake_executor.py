@@ -12,7 +12,8 @@ from penstock.core.request import Request
 from penstock.core.settings import PolicySettings
 from penstock.core.step import Chunk, SequenceStart, StepPlan, StepResult
 from penstock.policies.stack import make_stack
-from penstock.replica.replica import Replica, ReplicaLimits
+from penstock.replica.limits import ReplicaLimits
+from penstock.replica.replica import Replica
 
 VOCAB = 1000
 

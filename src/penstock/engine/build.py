@@ -25,8 +25,8 @@ from penstock.engine.memory import kv_block_count
 from penstock.engine.model import DecoderModel
 from penstock.engine.threads import Threads
 from penstock.models.config import ModelConfig, ModelFiles
+from penstock.replica.limits import ReplicaLimits
 from penstock.replica.messages import ReplicaInfo
-from penstock.replica.replica import ReplicaLimits
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

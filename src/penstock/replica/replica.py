@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 
-from penstock.core.errors import ContextLengthExceeded, RequestExceedsCapacity
 from penstock.core.events import Admitted, Finished, Preempted, ReplicaEvent, TokenOut
 from penstock.core.reasons import CancelReason, FinishReason, MissReason, PreemptReason, WaitReason
 from penstock.core.request import Request
@@ -24,41 +22,10 @@ from penstock.policies.stack import Stack
 from penstock.policies.view import Candidate
 from penstock.replica.kv_pool import KVPool
 from penstock.replica.lane import DecodeLane
+from penstock.replica.limits import ReplicaLimits, check_feasible
 from penstock.replica.messages import ReplicaStats
 from penstock.replica.sequence import Phase, Sequence
 from penstock.replica.waiting import WaitingQueue
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaLimits:
-    """The sizes a replica decides within."""
-
-    kv_blocks: int
-    kv_block_tokens: int
-    running_max: int
-    step_tokens_max: int
-    context_len_max: int
-    prefix_cache: bool = True
-    repeat: bool = True  # let a decode plan stand; results are the same without
-
-
-def check_feasible(request: Request, limits: ReplicaLimits) -> None:
-    """Refuse what could never run, however empty the replica. Raises a RequestError."""
-    length = request.prompt_len + request.max_output_tokens
-    if length > limits.context_len_max:
-        raise ContextLengthExceeded(
-            f"The request needs {length} tokens ({request.prompt_len} of prompt and "
-            f"{request.max_output_tokens} of output); this model's context is {limits.context_len_max}.",
-            hint="Shorten the prompt or lower `max_tokens`.",
-        )
-    blocks = ceil_div(request.total_len_max, limits.kv_block_tokens)
-    if blocks > limits.kv_blocks:
-        raise RequestExceedsCapacity(
-            f"The request needs KV for {request.total_len_max} tokens; this replica holds "
-            f"{limits.kv_blocks * limits.kv_block_tokens} in all.",
-            hint="Shorten the prompt, lower `max_tokens`, or serve with a larger `replica.kv_memory`.",
-        )
-
 
 _Ends = dict[int, tuple[FinishReason, int | None]]  # seq_id → why, and the stop token if one was drawn
 

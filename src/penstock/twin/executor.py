@@ -1,0 +1,223 @@
+"""The executor of the twin: charges the modelled time of a plan instead of computing it.
+
+It knows what the engine would know: who decodes, and how long each context is. Like the replica's lane it
+moves all decoding sequences by one addition, so that a stretch of decode steps costs what its times cost.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Final, overload
+
+from penstock.core.step import SequenceStart, StepPlan, StepResult
+from penstock.twin.costs.model import CostModel
+from penstock.twin.costs.work import StepWork
+
+_FOREVER: Final = float("inf")
+_LEAP_STEPS_FIRST: Final = 8  # times are computed so many steps ahead, then twice as many, and so on
+
+
+class TokenTimes:
+    """When one request's tokens came; a window on the tape of decode steps that all requests share.
+
+    `parts` holds instants (floats) and stretches of the tape ((from, to) pairs), in order.
+    """
+
+    __slots__ = ("_tape", "parts")
+
+    def __init__(self, tape: list[float]) -> None:
+        self._tape = tape
+        self.parts: list[float | tuple[int, int]] = []
+
+    @property
+    def first_s(self) -> float | None:
+        return self._edge(0)
+
+    @property
+    def last_s(self) -> float | None:
+        return self._edge(-1)
+
+    def all_s(self) -> list[float]:
+        """Every token's instant, in order."""
+        times: list[float] = []
+        for part in self.parts:
+            times += self._tape[part[0] : part[1]] if isinstance(part, tuple) else [part]
+        return times
+
+    def _edge(self, end: int) -> float | None:
+        if not self.parts:
+            return None
+        part = self.parts[end]
+        return self._tape[part[0] if end == 0 else part[1] - 1] if isinstance(part, tuple) else part
+
+
+class Gaps(Sequence[float]):
+    """Gaps between consecutive tokens, computed when somebody reads them: most runs never read most."""
+
+    __slots__ = ("_times",)
+
+    def __init__(self, times: TokenTimes) -> None:
+        self._times = times
+
+    def __len__(self) -> int:
+        parts = self._times.parts
+        return sum(part[1] - part[0] if isinstance(part, tuple) else 1 for part in parts) - 1 if parts else 0
+
+    def __iter__(self) -> Iterator[float]:
+        times = self._times.all_s()
+        return (later - earlier for earlier, later in pairwise(times))
+
+    @overload
+    def __getitem__(self, index: int) -> float: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[float]: ...
+    def __getitem__(self, index: int | slice) -> float | list[float]:
+        return list(self)[index]
+
+
+class _Member:
+    """A request the executor knows, from its first start until it has finished."""
+
+    __slots__ = ("decodes", "joined", "offset", "stop_clock", "stop_len", "times", "total_len")
+
+    def __init__(self, times: TokenTimes, stop_len: int) -> None:
+        self.times = times
+        self.stop_len = stop_len  # total length at which it ends by itself
+        self.total_len = 0  # known tokens when it was last started
+        self.decodes = False
+        self.offset = 0  # while it decodes, its KV holds clock + offset tokens
+        self.joined = 0  # the tape's length when it began to decode
+        self.stop_clock = 0
+
+
+class ModelledExecutor:
+    """Runs plans on a cost model, in virtual time. Deterministic.
+
+    `output_lens` says for a request id after how many tokens its output ends by itself; whoever is not in
+    it runs to its maximum. `now_s` is the virtual clock, which `execute` moves. `horizon_s` bounds a leap: it
+    ends with the first step that ends at or after it, as the engine sees an arrival between two steps.
+    """
+
+    def __init__(self, cost: CostModel, output_lens: Mapping[str, int]) -> None:
+        self._cost = cost
+        self._output_lens = output_lens
+        self._members: dict[int, _Member] = {}
+        self._seq_ids: dict[str, int] = {}
+        self._context = 0  # tokens in the KV of all that decode
+        self._clock = 0  # decode steps so far
+        self._stops: list[tuple[int, int]] = []  # (clock, seq_id) of ends that are not maxima
+        self._tape: list[float] = []  # the end of every decode step
+        self.now_s = 0.0
+        self.horizon_s = _FOREVER
+        self.steps = 0
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        for seq_id in plan.ends:
+            if seq_id in self._members:  # else it has finished, and was taken out
+                self._stop_decoding(self._members[seq_id])
+        for start in plan.starts:
+            self._begin(start)
+        began_s = self.now_s
+        if plan.chunks or plan.paused:
+            steps, stopped = 1, self._mixed_step(plan)
+        else:
+            steps, stopped = self._decode_steps(plan), []
+        self.steps += steps
+        stopped += self._stopped()
+        return StepResult(None, stopped, steps, duration_s=self.now_s - began_s)
+
+    def finish(self, request_id: str) -> TokenTimes | None:
+        """Forget a request that has ended, and say when its tokens came; None if it never started."""
+        seq_id = self._seq_ids.pop(request_id, None)
+        if seq_id is None:
+            return None
+        member = self._members.pop(seq_id)
+        self._stop_decoding(member)
+        return member.times
+
+    def _begin(self, start: SequenceStart) -> None:
+        member = self._members.get(start.seq_id)
+        if member is None:
+            stop_len = start.prompt_len + self._output_lens.get(start.request_id, 1 << 60)
+            member = _Member(TokenTimes(self._tape), stop_len)
+            self._members[start.seq_id] = member
+            self._seq_ids[start.request_id] = start.seq_id
+        member.total_len = start.total_len
+
+    def _mixed_step(self, plan: StepPlan) -> list[int]:
+        """One step with chunks, or with some decodes left out. Returns who ended with its first token."""
+        paused = [self._members[seq_id] for seq_id in plan.paused]
+        for member in paused:
+            self._stop_decoding(member)
+        prefills = [(chunk.count, chunk.start + chunk.count) for chunk in plan.chunks]
+        emitting = [chunk for chunk in plan.chunks if chunk.emits]
+        decodes = plan.decode_count
+        work = StepWork(prefills, decodes, self._context + decodes, decodes + len(emitting))
+        self.now_s += self._cost.seconds(work)
+        if decodes:
+            self._clock += 1
+            self._context += decodes
+            self._tape.append(self.now_s)
+        for member in paused:
+            self._decode_from(member, member.total_len - 1)
+        stopped = []
+        for chunk in emitting:
+            member = self._members[chunk.seq_id]
+            member.times.parts.append(self.now_s)
+            member.total_len += 1
+            if member.total_len == member.stop_len:
+                stopped.append(chunk.seq_id)
+            self._decode_from(member, member.total_len - 1)
+            if member.stop_len < 1 << 59:
+                heapq.heappush(self._stops, (member.stop_clock, chunk.seq_id))
+        return stopped
+
+    def _decode_steps(self, plan: StepPlan) -> int:
+        """As many of the plan's steps as fit before the horizon and the next end by itself."""
+        decodes, limit = plan.decode_count, plan.repeat
+        if self._stops:
+            limit = min(limit, max(1, self._stops[0][0] - self._clock))
+        now_s, horizon_s, tape, done, ahead = self.now_s, self.horizon_s, self._tape, 0, _LEAP_STEPS_FIRST
+        while done < limit and (now_s < horizon_s or not done):
+            count = min(ahead, limit - done)
+            context = self._context + decodes * (done + 1)
+            for seconds in self._cost.decode_seconds(decodes, context, count):
+                now_s += float(seconds)
+                tape.append(now_s)
+                done += 1
+                if now_s >= horizon_s:
+                    break
+            ahead *= 2
+        self.now_s = now_s
+        self._clock += done
+        self._context += decodes * done
+        return done
+
+    def _stopped(self) -> list[int]:
+        """Who reached the end of its output with the last step."""
+        found = []
+        while self._stops and self._stops[0][0] <= self._clock:
+            clock, seq_id = heapq.heappop(self._stops)
+            member = self._members.get(seq_id)
+            if member is not None and member.decodes and member.stop_clock == clock:
+                found.append(seq_id)
+        return found
+
+    def _decode_from(self, member: _Member, computed_len: int) -> None:
+        member.decodes = True
+        member.offset = computed_len - self._clock
+        member.joined = len(self._tape)
+        member.stop_clock = member.stop_len - 1 - member.offset
+        self._context += computed_len
+
+    def _stop_decoding(self, member: _Member) -> None:
+        if not member.decodes:
+            return
+        member.decodes = False
+        computed_len = self._clock + member.offset
+        self._context -= computed_len
+        member.total_len = computed_len + 1
+        if len(self._tape) > member.joined:
+            member.times.parts.append((member.joined, len(self._tape)))

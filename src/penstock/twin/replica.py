@@ -1,0 +1,149 @@
+"""One replica of the twin: the real desk and the real replica, on modelled time.
+
+The order of things is the live one: a request enters the desk when it arrives; what the desk releases
+reaches the engine a moment later; the engine looks into its inbox between two steps.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from penstock.core.errors import PenstockError
+from penstock.core.events import Finished
+from penstock.core.metrics import RequestOutcome
+from penstock.core.reasons import FinishReason
+from penstock.core.request import Request
+from penstock.core.settings import Settings
+from penstock.desk import Capacity, Desk
+from penstock.policies.stack import make_stack
+from penstock.replica.limits import ReplicaLimits
+from penstock.replica.replica import Replica
+from penstock.twin.costs.model import CostModel
+from penstock.twin.executor import Gaps, ModelledExecutor
+
+OnOutcome = Callable[[RequestOutcome], None]
+
+
+@dataclass(frozen=True, slots=True)
+class PathCosts:
+    """Seconds outside the engine's steps, measured on the live path (docs/twin.md)."""
+
+    to_engine_s: float = 0.001  # from the request's arrival to the engine's inbox
+    to_client_s: float = 0.001  # from the end of a step to the client's socket
+
+
+class TwinReplica:
+    """Advances in virtual time; tells `on_outcome` of every request's end."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        limits: ReplicaLimits,
+        cost: CostModel,
+        path: PathCosts,
+        on_outcome: OnOutcome,
+    ) -> None:
+        capacity = Capacity(
+            limits.context_len_max, limits.kv_block_tokens, limits.kv_blocks, limits.running_max
+        )
+        self.replica = Replica(limits, make_stack(settings.policies))
+        self.output_lens: dict[str, int] = {}
+        self.executor = ModelledExecutor(cost, self.output_lens)
+        self._desk = Desk(settings.desk, capacity)
+        self._path = path
+        self._on_outcome = on_outcome
+        self._inbox: deque[tuple[float, Request]] = deque()  # released by the desk, on their way
+        self._inside: dict[str, Request] = {}
+
+    @property
+    def now_s(self) -> float:
+        return self.executor.now_s
+
+    def arrive(self, request: Request) -> None:
+        """A request at its own arrival time; arrivals come in order. Refusals are outcomes as well."""
+        self.advance(request.arrival_s)
+        try:
+            self._desk.enter([request])
+        except PenstockError as error:
+            self._on_outcome(_refused(request, error))
+            return
+        self._inside[request.id] = request
+        self._release(request.arrival_s)
+
+    def advance(self, until_s: float) -> None:
+        """Make steps until the clock is at or past `until_s`; an idle replica jumps there."""
+        executor, replica = self.executor, self.replica
+        while True:
+            while self._inbox and self._inbox[0][0] <= executor.now_s:
+                replica.submit(self._inbox.popleft()[1], executor.now_s)
+            next_s = self._inbox[0][0] if self._inbox else until_s
+            if executor.now_s >= until_s:
+                return
+            if not replica.has_work:
+                executor.now_s = min(next_s, until_s)
+                continue
+            executor.horizon_s = min(next_s, until_s)
+            self._step()
+
+    def finish(self) -> None:
+        """Serve everything that is inside."""
+        while self._inside:
+            next_s = self._inbox[0][0] if self._inbox else float("inf")
+            self.advance(min(next_s, self.executor.now_s + 3600.0))
+
+    def _step(self) -> None:
+        executor = self.executor
+        plan = self.replica.plan(executor.now_s)
+        if plan is None:
+            return
+        result = executor.execute(plan)
+        for event in self.replica.complete(plan, result, executor.now_s):
+            if type(event) is Finished:
+                self._finished(event)
+
+    def _finished(self, event: Finished) -> None:
+        request = self._inside.pop(event.request_id)
+        self._desk.finish(request.id, event.at_s)
+        self._on_outcome(self._outcome(request, event))
+        if self._desk.waiting_count:
+            self._release(event.at_s)
+
+    def _release(self, now_s: float) -> None:
+        due_s = now_s + self._path.to_engine_s
+        for request in self._desk.release():
+            self._inbox.append((due_s, request))
+
+    def _outcome(self, request: Request, event: Finished) -> RequestOutcome:
+        times = self.executor.finish(request.id)
+        self.output_lens.pop(request.id, None)
+        delay_s = self._path.to_client_s
+        first_s, last_s = (None, None) if times is None else (times.first_s, times.last_s)
+        return RequestOutcome(
+            request_id=request.id,
+            arrival_s=request.arrival_s,
+            finish=event.reason,
+            finish_s=event.at_s + delay_s,
+            prompt_tokens=event.prompt_tokens,
+            output_tokens=event.output_tokens,
+            cached_tokens=event.cached_tokens,
+            first_token_s=None if first_s is None else first_s + delay_s,
+            last_token_s=None if last_s is None else last_s + delay_s,
+            itl_s=() if times is None else Gaps(times),
+            tenant=request.tenant,
+            slo_class=request.slo_class,
+        )
+
+
+def _refused(request: Request, error: PenstockError) -> RequestOutcome:
+    return RequestOutcome(
+        request_id=request.id,
+        arrival_s=request.arrival_s,
+        finish=FinishReason.REFUSED,
+        finish_s=request.arrival_s,
+        prompt_tokens=request.prompt_len,
+        tenant=request.tenant,
+        slo_class=request.slo_class,
+        error_code=error.code,
+    )
