@@ -12,12 +12,13 @@ import pytest
 from fake_openai import FakeServer, running
 
 from penstock.core.errors import ConfigError, EnvironmentMissing, TraceError
-from penstock.core.metrics import Slo
+from penstock.core.metrics import RequestOutcome, Slo
 from penstock.core.reasons import FinishReason
 from penstock.workloads.progress import NoProgress
 from penstock.workloads.replay import ReplayOptions, ReplayRun, replay
-from penstock.workloads.replay_report import report_of_run, write_report
+from penstock.workloads.replay_report import report_of_run
 from penstock.workloads.report import Report
+from penstock.workloads.report_files import write_files
 from penstock.workloads.shape import ShapeCounts
 from penstock.workloads.target import Endpoint, find_target, open_client
 from penstock.workloads.trace import TraceRow
@@ -53,6 +54,10 @@ def run_against(
 
 def evenly(count: int, gap_s: float, prompt_tokens: int = 12, output_tokens: int = 3) -> list[TraceRow]:
     return [TraceRow(index * gap_s, prompt_tokens, output_tokens) for index in range(count)]
+
+
+def sent_outcomes(run: ReplayRun) -> tuple[list[RequestOutcome], list[float]]:
+    return [exchange.outcome for exchange in run.exchanges], [exchange.sent_s for exchange in run.exchanges]
 
 
 def report_of(run: ReplayRun, slo: Slo | None = None) -> Report:
@@ -298,11 +303,11 @@ def test_no_server_and_no_model() -> None:
 
 def test_files_are_written(tmp_path: Path) -> None:
     run = run_against(FakeServer(), evenly(3, 0))
-    write_report(report_of(run), run, tmp_path / "deep" / "out")
+    write_files(report_of(run), *sent_outcomes(run), tmp_path / "deep" / "out")
     names = {path.name for path in (tmp_path / "deep" / "out").iterdir()}
     assert names == {"report.json", "report.html", "requests.jsonl"}
     lines = (tmp_path / "deep" / "out" / "requests.jsonl").read_text().splitlines()
     assert len(lines) == 3 and json.loads(lines[0])["output_tokens"] == 3
     (tmp_path / "file").write_text("")
     with pytest.raises(EnvironmentMissing, match="cannot be written"):
-        write_report(report_of(run), run, tmp_path / "file")
+        write_files(report_of(run), *sent_outcomes(run), tmp_path / "file")

@@ -293,11 +293,12 @@ def _stop_on_interrupt() -> asyncio.Event:
 def _finish(report: Report, run: ReplayRun, out: Path | None, as_json: bool) -> None:
     from rich.console import Console
 
-    from penstock.workloads.replay_report import write_report
+    from penstock.workloads.report_files import write_files
     from penstock.workloads.report_table import print_report
 
     if out is not None:
-        write_report(report, run, out)
+        sent_s = [exchange.sent_s for exchange in run.exchanges]
+        write_files(report, [exchange.outcome for exchange in run.exchanges], sent_s, out)
     if as_json:
         print(json.dumps(report.to_json(), allow_nan=False))
         return

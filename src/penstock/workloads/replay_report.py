@@ -1,20 +1,16 @@
-"""From a finished replay to its report, and the report's files."""
+"""From a finished replay to its report."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from penstock.core.errors import EnvironmentMissing
 from penstock.core.metrics import RequestOutcome, Slo
-from penstock.workloads import report_html
 from penstock.workloads.exchange import Exchange
 from penstock.workloads.replay import ReplayRun
-from penstock.workloads.report import ClientFacts, Report, ReportInput, Summary, outcome_row
+from penstock.workloads.report import ClientFacts, Report, ReportInput, Summary
 from penstock.workloads.shape import ShapeCounts
 
 LAG_NOTE_MS = 100.0
@@ -48,31 +44,6 @@ def report_of_run(
             interrupted=run.interrupted,
         )
     )
-
-
-def write_report(report: Report, run: ReplayRun, out: Path) -> None:
-    """`report.json`, `report.html` and `requests.jsonl` into `out`. Raises EnvironmentMissing."""
-    rows = (outcome_row(exchange.outcome, exchange.sent_s) for exchange in run.exchanges)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        _replace(out / "report.json", [json.dumps(report.to_json(), indent=1, allow_nan=False), "\n"])
-        _replace(out / "report.html", [report_html.render(report)])
-        _replace(out / "requests.jsonl", (json.dumps(row) + "\n" for row in rows))
-    except OSError as problem:
-        raise EnvironmentMissing(
-            f"the report cannot be written to `{out}`: {problem.strerror or problem}.",
-            hint="name a writable folder with `--out`",
-        ) from None
-
-
-def _replace(path: Path, parts: Iterable[str]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.writelines(parts)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _client_facts(run: ReplayRun) -> ClientFacts:

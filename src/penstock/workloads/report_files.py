@@ -1,0 +1,44 @@
+"""The files of a report: report.json, report.html and requests.jsonl."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from itertools import repeat
+from pathlib import Path
+
+from penstock.core.errors import EnvironmentMissing
+from penstock.core.metrics import RequestOutcome
+from penstock.workloads import report_html
+from penstock.workloads.report import Report, outcome_row
+
+
+def write_files(
+    report: Report, outcomes: Iterable[RequestOutcome], sent_s: Sequence[float] | None, out: Path
+) -> None:
+    """Into the folder `out`, each file whole or not at all. `sent_s` is parallel to `outcomes`.
+
+    Raises EnvironmentMissing.
+    """
+    sent = repeat(None) if sent_s is None else sent_s
+    rows = (outcome_row(outcome, at_s) for outcome, at_s in zip(outcomes, sent, strict=False))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _replace(out / "report.json", [json.dumps(report.to_json(), indent=1, allow_nan=False), "\n"])
+        _replace(out / "report.html", [report_html.render(report)])
+        _replace(out / "requests.jsonl", (json.dumps(row) + "\n" for row in rows))
+    except OSError as problem:
+        raise EnvironmentMissing(
+            f"the report cannot be written to `{out}`: {problem.strerror or problem}.",
+            hint="name a writable folder with `--out`",
+        ) from None
+
+
+def _replace(path: Path, parts: Iterable[str]) -> None:
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.writelines(parts)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
