@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "engine": {"core", "policies", "models", "replica"},
     "twin": {"core", "policies", "models", "replica", "desk", "workloads"},
     "gateway": {"core", "policies", "models", "replica", "desk"},
-    "cli": {"core", "policies", "models", "replica", "desk", "workloads", "engine", "gateway"},
+    "cli": {"core", "policies", "models", "replica", "desk", "workloads", "engine", "gateway", "twin"},
 }
 # Decision code takes time as an argument, and randomness as a named stream; it does no I/O.
 PURE_ROOMS = ("policies", "replica", "desk")

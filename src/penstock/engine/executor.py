@@ -59,14 +59,23 @@ class TorchExecutor:
         self._live.clear()
         self._decoding.clear()
 
+    def forget(self, seq_ids: Sequence[int]) -> None:
+        """These sequences have ended; their blocks may be given to others."""
+        for seq_id in seq_ids:
+            del self._live[seq_id]
+            self._decoding.pop(seq_id, None)
+            self._store.release(seq_id)
+
+    def fill_pages(self, block_count: int) -> None:
+        """Put plausible numbers into the first pages, as before a measurement that reads unwritten ones."""
+        for pages in (self._store.k, self._store.v):
+            pages[:, :block_count].normal_()
+
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Raises whatever torch raises; the sequences of the plan are then in an unknown state."""
         began_s = time.perf_counter()
-        for seq_id in plan.ends:
-            del self._live[seq_id]
-            self._decoding.pop(seq_id, None)
-            self._store.release(seq_id)
+        self.forget(plan.ends)
         for start in plan.starts:
             self._begin(start)
         for seq_id, blocks in plan.new_blocks:

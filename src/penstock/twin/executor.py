@@ -112,6 +112,8 @@ class ModelledExecutor:
         self.now_s = 0.0
         self.horizon_s = _FOREVER
         self.steps = 0
+        self.steps_out_of_range = 0  # of those that were larger than every step before
+        self._largest = [0, 0, 0]  # rows, decodes, context
 
     def execute(self, plan: StepPlan) -> StepResult:
         for seq_id in plan.ends:
@@ -155,6 +157,7 @@ class ModelledExecutor:
         emitting = [chunk for chunk in plan.chunks if chunk.emits]
         decodes = plan.decode_count
         work = StepWork(prefills, decodes, self._context + decodes, decodes + len(emitting))
+        self._look_at_range(work)
         self.now_s += self._cost.seconds(work)
         if decodes:
             self._clock += 1
@@ -180,6 +183,7 @@ class ModelledExecutor:
         if self._stops:
             limit = min(limit, max(1, self._stops[0][0] - self._clock))
         now_s, horizon_s, tape, done, ahead = self.now_s, self.horizon_s, self._tape, 0, _LEAP_STEPS_FIRST
+        self._look_at_range(StepWork((), decodes, self._context + decodes * limit, decodes))
         while done < limit and (now_s < horizon_s or not done):
             count = min(ahead, limit - done)
             context = self._context + decodes * (done + 1)
@@ -194,6 +198,15 @@ class ModelledExecutor:
         self._clock += done
         self._context += decodes * done
         return done
+
+    def _look_at_range(self, work: StepWork) -> None:
+        """Ask the cost model, which is slow to say, only about steps that exceed all before in some way."""
+        sizes = (work.rows, work.decodes, work.decode_context)
+        largest = self._largest
+        if sizes[0] <= largest[0] and sizes[1] <= largest[1] and sizes[2] <= largest[2]:
+            return
+        self._largest = [max(pair) for pair in zip(largest, sizes, strict=True)]
+        self.steps_out_of_range += not self._cost.step(work).in_range
 
     def _stopped(self) -> list[int]:
         """Who reached the end of its output with the last step."""
