@@ -12,16 +12,21 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from benchmarks import fit_engine
 from benchmarks.fitting import Errors, Parameter, errors, fit
-from benchmarks.gpu_facts import ASSUMED, ENGINES, GPUS, Gpu
+from benchmarks.gpu_facts import ASSUMED, ENGINES, GPUS, Engine, Gpu
 from benchmarks.results import write_section
-from penstock.twin.costs.hardware import PROFILES
+from penstock.twin.costs.hardware import PROFILES, load_engine
+from penstock.twin.costs.least_squares import nonnegative
 from penstock.twin.costs.operators import (
     CollectiveFit,
     DecodeAttentionFit,
@@ -34,6 +39,10 @@ from penstock.twin.costs.operators import (
 from penstock.twin.costs.profile_file import SCHEMA_VERSION, toml_text
 
 UNKNOWN = FitError(0.0, 0.0, 0)
+# What engines run: contexts that a prompt can have, chunks that fill a budget of rows. Points outside, such
+# as 256 prompts of 16 tokens or a context of 2, are neither fitted nor counted.
+DECODE_CONTEXT_MIN, DECODE_BATCH_MAX = 64, 512
+PREFILL_LENGTH_MIN, PREFILL_ROWS_MAX = 16, 32768
 Row = dict[str, str]
 Shape = tuple[int, ...]
 
@@ -121,6 +130,8 @@ def decode_points(rows: list[Row], gpu: Gpu) -> list[Point]:
     points = []
     for row, context in zip(picked, contexts, strict=True):
         heads, kv_heads, batch = (int(row[key]) for key in ("num_heads", "num_key_value_heads", "batch_size"))
+        if context < DECODE_CONTEXT_MIN or batch > DECODE_BATCH_MAX:
+            continue
         kv_bytes = 4 * kv_heads * 128 * batch * context
         if gpu.cache_bytes and gpu.cache_bytes / 32 < kv_bytes < gpu.cache_bytes:
             continue
@@ -162,6 +173,8 @@ def prefill_points(rows: list[Row], gpu: Gpu) -> list[Point]:
     for row in picked:
         heads, kv_heads, batch = (int(row[key]) for key in ("num_heads", "num_key_value_heads", "batch_size"))
         length = int(row["isl"])
+        if length < PREFILL_LENGTH_MIN or length * batch > PREFILL_ROWS_MAX:
+            continue
         fitted = (lengths[length] + batches[batch]) % 2 == 0
         points.append(Point((heads, kv_heads, batch, length), float(row["latency"]) / 1e3, fitted))
     return points
@@ -185,42 +198,40 @@ def fit_prefill(points: list[Point], gpu: Gpu) -> Outcome:
     return solve(points, parameters, cost)
 
 
-# Widths of the models in vidur_ops.csv (their public configurations): hidden, ffn, query and KV heads of 128.
-VIDUR_MODELS = {
-    "meta-llama/Llama-2-7b-hf": (4096, 11008, 32, 32),
-    "meta-llama/Llama-2-70b-hf": (8192, 28672, 64, 8),
-    "meta-llama/Meta-Llama-3-8B": (4096, 14336, 32, 8),
-    "meta-llama/Meta-Llama-3-70B": (8192, 28672, 64, 8),
-}
+VIDUR_HIDDEN = {"meta-llama/Llama-2-7b-hf": 4096, "meta-llama/Llama-2-70b-hf": 8192}
+"""Widths of the models whose residual additions are used (their public configurations)."""
+VIDUR_BANDWIDTH = {gpu.vidur_name: gpu.bandwidth for gpu in GPUS if gpu.has_pointwise}
+TIMER_STEP_S = 1e-6
+SMALL_ROWS = 16
+FUSED_LAYERS = ("layernorm", "act_fn", "rotary_emb")
 
 
-def pointwise_bytes(row: Row) -> int:
-    """Traffic of a pointwise operator of vidur_ops.csv in 16-bit values; 0 for other operators."""
-    hidden, ffn, heads, kv_heads = VIDUR_MODELS[row["model"]]
-    tp, tokens = int(row["tp"]), int(row["num_tokens"])
-    values = {
-        "input_layernorm": 2 * hidden,
-        "post_attention_layernorm": 2 * hidden,
-        "add": 3 * hidden,
-        "mlp_act": 3 * ffn // tp,
-        "attn_rope": 2 * 128 * (heads + kv_heads) // tp,
-    }
-    return 2 * tokens * values.get(row["op"], 0)
+def fit_pointwise(folder: Path, gpu: Gpu) -> Outcome:
+    """The launch from one source, the traffic from another; errors of the traffic on held-out sizes.
 
-
-def fit_pointwise(rows: list[Row], gpu: Gpu) -> Outcome:
-    points = []
-    for index, row in enumerate(row for row in rows if row["device"] == gpu.vidur_name):
-        traffic_bytes, seconds = pointwise_bytes(row), float(row["median_ms"]) / 1e3
-        # The source rounds to whole microseconds, so shorter times carry no information.
-        if traffic_bytes and seconds >= 4e-6:
-            points.append(Point((traffic_bytes,), seconds, index % 2 == 0))
+    Launch: median time of vLLM's fused norm, activation and rotary kernels at few rows, where only the launch
+    counts; measured on other devices, to nanoseconds. Traffic: additions of three activations in memory, of
+    eight timer steps and more, because their source rounds to whole microseconds.
+    """
+    small = [
+        float(row["time_us"]) / 1e6
+        for row in rows_of(folder, "llmservingsim_dense.csv")
+        if row["layer"] in FUSED_LAYERS and int(row["tokens"]) <= SMALL_ROWS
+    ]
+    launch_s = float(np.median(small))
+    points: list[Point] = []
+    for row in rows_of(folder, "vidur_ops.csv"):
+        picked = (row["device"], row["op"], row["tp"]) == (gpu.vidur_name, "add", "1")
+        if picked and row["model"] in VIDUR_HIDDEN and float(row["median_ms"]) / 1e3 >= 8 * TIMER_STEP_S:
+            traffic_bytes = 3 * 2 * VIDUR_HIDDEN[row["model"]] * int(row["num_tokens"])
+            points.append(Point((traffic_bytes,), float(row["median_ms"]) / 1e3, len(points) % 2 == 0))
 
     def cost(values: dict[str, float], shape: Shape) -> float:
-        return PointwiseFit(**values, error=UNKNOWN).seconds(gpu.bandwidth, shape[0])
+        kernel = PointwiseFit(launch_s, values["memory_eff"], UNKNOWN)
+        return kernel.seconds(VIDUR_BANDWIDTH[gpu.vidur_name], shape[0])
 
-    launch = Parameter("launch_s", 2e-6, 1e-6, 1e-5)
-    return solve(points, [launch, Parameter("memory_eff", 0.7, 0.1, 1.0)], cost)
+    outcome = solve(points, [Parameter("memory_eff", 0.7, 0.1, 1.0)], cost)
+    return Outcome({"launch_s": launch_s, **outcome.values}, outcome.error)
 
 
 def collective_points(folder: Path, gpu: Gpu, method: str, devices: int) -> list[Point]:
@@ -251,35 +262,63 @@ def collective_points(folder: Path, gpu: Gpu, method: str, devices: int) -> list
     return [Point((size,), seconds, index % 2 == 0) for index, (size, seconds) in enumerate(found)]
 
 
-def fit_collective(points: list[Point]) -> Outcome:
-    def cost(values: dict[str, float], shape: Shape) -> float:
-        return CollectiveFit(**values, error=UNKNOWN).seconds(shape[0])
+def fit_collective(points: list[Point], regimes: int) -> tuple[dict[str, list[float]], Errors]:
+    """Regimes fitted to all points; the error is of the other half, under regimes fitted to one half."""
+    one_half = _regimes([point for point in points if point.fitted], regimes)
+    others = [point for point in points if not point.fitted]
+    predicted = [CollectiveFit(**one_half, error=UNKNOWN).seconds(point.shape[0]) for point in others]
+    found = errors(predicted, [point.seconds for point in others])
+    whole = {
+        name: [float(f"{value:.5g}") for value in values]
+        for name, values in _regimes(points, regimes).items()
+    }
+    return whole, found
 
-    parameters = [
-        Parameter("latency_s", 1e-5, 1e-6, 1e-3),
-        Parameter("bytes_per_s", 1e11, 1e9, 1e12),
-        Parameter("sharpness", 1.5, 1.0, 12.0),
-    ]
-    return solve(points, parameters, cost)
+
+def _regimes(points: Sequence[Point], regimes: int) -> dict[str, tuple[float, ...]]:
+    """The best straight lines over so many ranges of sizes: every choice of switches is tried."""
+    best: tuple[float, dict[str, tuple[float, ...]]] | None = None
+    for switches in itertools.combinations(range(2, len(points) - 1), regimes - 1):
+        bounds = (0, *switches, len(points))
+        if any(high - low < 2 for low, high in itertools.pairwise(bounds)):
+            continue
+        lines = [_line(points[low:high]) for low, high in itertools.pairwise(bounds)]
+        loss = sum(line[2] for line in lines)
+        if best is None or loss < best[0]:
+            starts = (0.0, *(float(points[index].shape[0]) for index in switches))
+            latencies, rates = tuple(line[0] for line in lines), tuple(line[1] for line in lines)
+            best = loss, {"starts_bytes": starts, "latency_s": latencies, "bytes_per_s": rates}
+    assert best is not None
+    return best[1]
 
 
-def section(outcome: Outcome, **more: Any) -> dict[str, Any]:
-    rounded = {name: float(f"{value:.5g}") for name, value in outcome.values.items()}
-    found = outcome.error
-    tail = {
+def _line(points: Sequence[Point]) -> tuple[float, float, float]:
+    """Latency, bytes a second and the sum of squared relative errors of a line with no negative part."""
+    target = np.array([point.seconds for point in points])
+    matrix = np.array([[1e-6, point.shape[0] * 1e-12] for point in points]) / target[:, None]
+    latency, inverse = nonnegative(matrix, np.ones(len(points)))
+    residual = matrix @ np.array([latency, inverse]) - 1.0
+    return max(latency, 1e-3) * 1e-6, 1e12 / max(inverse, 1e-3), float(residual @ residual)
+
+
+def error_fields(found: Errors) -> dict[str, Any]:
+    return {
         "median_error_frac": round(found.median, 4),
         "p90_error_frac": round(found.p90, 4),
         "points": found.points,
     }
-    return {**more, **rounded, **tail}
+
+
+def section(outcome: Outcome, **more: Any) -> dict[str, Any]:
+    rounded = {name: float(f"{value:.5g}") for name, value in outcome.values.items()}
+    return {**more, **rounded, **error_fields(outcome.error)}
 
 
 def fit_gpu(folder: Path, gpu: Gpu, table: list[str]) -> dict[str, Any]:
     """One profile's values; rows of the error table are appended to `table`."""
     operators: dict[str, Any] = {"gemm": {}}
 
-    def note(operator: str, outcome: Outcome) -> None:
-        found = outcome.error
+    def note(operator: str, found: Errors) -> None:
         figures = f"{found.points} | {found.median:.1%} | {found.p90:.1%} | {found.worst:.0%}"
         table.append(f"| {gpu.name} | {operator} | {figures} |")
 
@@ -289,26 +328,28 @@ def fit_gpu(folder: Path, gpu: Gpu, table: list[str]) -> dict[str, Any]:
         if points:
             outcome = fit_gemm(points, gpu, dtype)
             operators["gemm"][dtype] = section(outcome, rows_max=max(point.shape[0] for point in points))
-            note(f"gemm {dtype}", outcome)
+            note(f"gemm {dtype}", outcome.error)
     decode = decode_points(rows_of(folder, "aic_generation_attention.csv"), gpu)
     outcome = fit_decode(decode, gpu)
     sizes = {"sequences_max": max(p.shape[2] for p in decode), "context_max": max(p.shape[3] for p in decode)}
     operators["decode_attention"] = section(outcome, **sizes)
-    note("decode attention", outcome)
+    note("decode attention", outcome.error)
     prefill = prefill_points(rows_of(folder, "aic_context_attention.csv"), gpu)
     outcome = fit_prefill(prefill, gpu)
     chunk_max = max(point.shape[3] for point in prefill)
     operators["prefill_attention"] = section(outcome, dtype="bfloat16", chunk_max=chunk_max)
-    note("prefill attention", outcome)
-    outcome = fit_pointwise(rows_of(folder, "vidur_ops.csv"), gpu)
+    note("prefill attention", outcome.error)
+    outcome = fit_pointwise(folder, gpu)
     operators["pointwise"] = section(outcome)
-    note("pointwise" + ("" if gpu.has_pointwise else f" (of {gpu.vidur_name})"), outcome)
+    note("pointwise traffic" + ("" if gpu.has_pointwise else f" (of {gpu.vidur_name})"), outcome.error)
     links: dict[str, Any] = {}
     for method, widths in gpu.links.items():
         for devices in widths:
-            outcome = fit_collective(collective_points(folder, gpu, method, devices))
-            links.setdefault(method, {})[str(devices)] = section(outcome)
-            note(f"all-reduce {method}, {devices} devices", outcome)
+            # Timed one by one, vidur's small messages scatter five-fold: one line is all that they bear.
+            regimes = 1 if method == "nccl" and gpu.vidur_network else 3
+            values, found = fit_collective(collective_points(folder, gpu, method, devices), regimes)
+            links.setdefault(method, {})[str(devices)] = {**values, **error_fields(found)}
+            note(f"all-reduce {method}, {devices} devices", found)
     return gpu.profile(operators, links)
 
 
@@ -324,10 +365,20 @@ def main() -> None:
         text = toml_text({**header, **derive(fitted)}, "Written by `python -m benchmarks.fit_profiles`.")
         (PROFILES / f"{name}.toml").write_text(text)
     for engine in ENGINES:
-        values = {"schema_version": SCHEMA_VERSION, "kind": "engine", **dataclasses.asdict(engine)}
-        (PROFILES / f"engine-{engine.name}.toml").write_text(toml_text(values))
+        write_engine(engine)
+    # The overheads of this engine are fitted on the operators that have just been written.
+    fitted_engine = fit_engine.fitted_engine(load_engine("vllm-2024"))
+    overhead = {"step_s": fitted_engine.step_s, "sequence_s": fitted_engine.sequence_s}
+    vllm_2024 = next(engine for engine in ENGINES if engine.name == "vllm-2024")
+    write_engine(dataclasses.replace(vllm_2024, overhead={**vllm_2024.overhead, **overhead}))
+    write_section("twin-apex", fit_engine.table(load_engine("vllm-2024")))
     write_section("twin-operators", results(table))
     print("\n".join(table))
+
+
+def write_engine(engine: Engine) -> None:
+    values = {"schema_version": SCHEMA_VERSION, "kind": "engine", **dataclasses.asdict(engine)}
+    (PROFILES / f"engine-{engine.name}.toml").write_text(toml_text(values))
 
 
 def results(table: list[str]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 AIC = "ai-dynamo/aiconfigurator systems/data (commit 095f58a, Apache-2.0), vLLM 0.14 kernels"
 APEX = "microsoft/apex_plus profile/comm (commit 8769096), NCCL"
 VIDUR = "microsoft/vidur data/profiling (commit 7d47513)"
+LLMSERVINGSIM = "casys-kaist/LLMServingSim profiler/perf (commit 5daddb2)"
 CARD_POWER = "idle assumed; limit: vendor's data sheet; form, memory_share and exponent: card polca (assumed)"
 
 
@@ -45,7 +46,7 @@ class Gpu:
             "operators.gemm": AIC,
             "operators.decode_attention": AIC,
             "operators.prefill_attention": AIC,
-            "operators.pointwise": VIDUR + nearest,
+            "operators.pointwise": f"traffic: {VIDUR}{nearest}; launch: {LLMSERVINGSIM}, other devices",
             **{f"links.{method}": names[method] for method in links},
         }
         return {
@@ -233,23 +234,58 @@ class Engine:
     sources: dict[str, str]
 
 
+SAMPLER = f"sample_passes: sampler times of {LLMSERVINGSIM}, beyond 64 sequences"
+
 ENGINES = (
     Engine(
         "vllm-2024",
         "vLLM 0.5.4 (August 2024), custom all-reduce off",
-        {"step_s": 7.4e-3, "sequence_s": 0.42e-3, "kernel_s": 0.0, "all_reduce": "nccl", "error_frac": 0.05},
-        {"overhead": "card apex"},
+        {
+            "step_s": 2.25e-3,
+            "sequence_s": 2.8e-4,
+            "kernel_s": 0.0,
+            "sample_passes": 2.4,
+            "request_s": 1.5e-2,
+            "all_reduce": "nccl",
+            "error_frac": 0.04,
+        },
+        {
+            "overhead": "microsoft/apex_plus vllm/results (8 H100): step_s and sequence_s fitted to the mean "
+            "TPOT of lmsys_025 and creation_05 under TP8 and TP2 by `python -m benchmarks.fit_profiles`; "
+            f"request_s is what the mean TTFT of lmsys_025 leaves; {SAMPLER}"
+        },
     ),
     Engine(
         "vllm-2025",
-        "vLLM V1 with graphs and overlapped scheduling (0.10 to 0.15)",
-        {"step_s": 6e-4, "sequence_s": 8e-6, "kernel_s": 0.0, "all_reduce": "engine", "error_frac": 0.08},
-        {"overhead": "assumed: host code is hidden behind the device but for sampling and bookkeeping"},
+        "vLLM V1 with graphs and overlapped scheduling (0.10 and later)",
+        {
+            "step_s": 3e-4,
+            "sequence_s": 5e-6,
+            "kernel_s": 0.0,
+            "sample_passes": 2.4,
+            "request_s": 5e-3,
+            "all_reduce": "engine",
+            "error_frac": 0.08,
+        },
+        {
+            "overhead": "step_s, request_s: published TPOT and TTFT p50 of Llama-3.1-8B at 1 and 4 streams "
+            "on one H100 under vLLM 0.21 (yobitelcomm.github.io/bench, concurrency sweep); "
+            "sequence_s assumed; "
+            f"{SAMPLER}"
+        },
     ),
     Engine(
         "penstock-cpu",
         "Penstock's own engine on a CPU: placeholder until `penstock calibrate` has run",
-        {"step_s": 5e-4, "sequence_s": 5e-5, "kernel_s": 2e-6, "all_reduce": "none", "error_frac": 0.3},
+        {
+            "step_s": 5e-4,
+            "sequence_s": 5e-5,
+            "kernel_s": 2e-6,
+            "sample_passes": 2.0,
+            "request_s": 2e-3,
+            "all_reduce": "none",
+            "error_frac": 0.3,
+        },
         {"overhead": "assumed"},
     ),
 )

@@ -51,7 +51,7 @@ QWEN3_30B_A3B = ModelSpec(
     expert_ffn=768,
 )
 
-NO_OVERHEAD = EngineProfile("none", "no overheads", 0.0, 0.0, 0.0, "engine", 0.0, {})
+NO_OVERHEAD = EngineProfile("none", "no overheads", 0.0, 0.0, 0.0, 0.0, 0.0, "engine", 0.0, {})
 
 
 def ideal(flops: float, bandwidth: float) -> HardwareProfile:

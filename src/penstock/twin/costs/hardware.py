@@ -8,6 +8,7 @@ device waits for. Every section of a profile names its source.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -104,7 +105,9 @@ class EngineProfile:
     """Time that one engine version adds to a step while the device waits.
 
     `step_s` a step, `sequence_s` a running sequence, `kernel_s` a kernel (0 where a graph is replayed).
-    `all_reduce` names the links of the hardware profile that it uses. `error_frac` of a whole step.
+    `sample_passes` are trips of a row's float32 logits through memory. `all_reduce` names the links of the
+    hardware profile that it uses. `error_frac` is of a whole step. `request_s` passes between a request's
+    arrival and its first step on an idle engine, beyond that step: HTTP, tokenising, hand-over.
     """
 
     name: str
@@ -112,6 +115,8 @@ class EngineProfile:
     step_s: float
     sequence_s: float
     kernel_s: float
+    sample_passes: float
+    request_s: float
     all_reduce: str
     error_frac: float
     sources: dict[str, str]
@@ -187,6 +192,8 @@ def parse_engine(root: Section) -> EngineProfile:
         step_s=overhead.number("step_s", 0.0, _SECONDS_MAX),
         sequence_s=overhead.number("sequence_s", 0.0, _SECONDS_MAX),
         kernel_s=overhead.number("kernel_s", 0.0, _SECONDS_MAX),
+        sample_passes=overhead.number("sample_passes", 0.0, 1000.0),
+        request_s=overhead.number("request_s", 0.0, _SECONDS_MAX),
         all_reduce=overhead.text("all_reduce"),
         error_frac=overhead.number("error_frac", 0.0, 10.0),
         sources=_sources(root),
@@ -279,11 +286,18 @@ def _pointwise(section: Section) -> PointwiseFit:
 
 def _collective(section: Section) -> CollectiveFit:
     fit = CollectiveFit(
-        latency_s=section.positive("latency_s", _SECONDS_MAX),
-        bytes_per_s=section.positive("bytes_per_s"),
-        sharpness=section.number("sharpness", 1.0, 100.0),
+        starts_bytes=tuple(section.numbers("starts_bytes")),
+        latency_s=tuple(section.numbers("latency_s")),
+        bytes_per_s=tuple(section.numbers("bytes_per_s")),
         error=parse_error(section),
     )
+    starts, count = fit.starts_bytes, len(fit.starts_bytes)
+    if not starts or starts[0] != 0.0 or any(low >= high for low, high in pairwise(starts)):
+        section.refuse("starts_bytes", "must ascend from 0")
+    if not count == len(fit.latency_s) == len(fit.bytes_per_s):
+        section.refuse("latency_s", f"and `bytes_per_s` must have {count} values, one a start")
+    if not all(fit.bytes_per_s) or not all(fit.latency_s):
+        section.refuse("bytes_per_s", "and `latency_s` must be positive")
     return _checked(section, fit)
 
 

@@ -47,6 +47,7 @@ class RowCosts:
         self._spec = spec
         self._parallel = parallel
         self._kernel_s = engine.kernel_s
+        self._logit_bytes = 4 * engine.sample_passes
         self._gemm = hardware.gemm_of(spec.precision.compute)
         self._device = hardware.device(spec.precision.compute)
         self._pointwise = hardware.pointwise
@@ -68,12 +69,13 @@ class RowCosts:
         return total
 
     def head(self, samples: int) -> Share:
-        """Final norm, output head and gathered logits, of the rows that are sampled from."""
+        """Final norm, output head, gathered logits and sampling, of the rows that are sampled from."""
         spec = self._spec
         vocab = -(-spec.vocab // self._parallel.tensor)
         total = self._pointwise_share(samples * spec.hidden * 4)
         weights_bytes = vocab * spec.hidden * spec.precision.head_bits / 8
         total.add(self._product(samples, vocab, spec.hidden, weights_bytes))
+        total.add(self._pointwise_share(samples * spec.vocab * self._logit_bytes / self._value_bytes))
         if self._all_reduce is not None:
             # Gathering moves half of what reducing and spreading again moves.
             total.link_s += self._all_reduce.seconds(samples * spec.vocab * self._value_bytes / 2)

@@ -6,6 +6,7 @@ Their forms, and the data behind them, are explained in docs/twin-costs.md. m ar
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -161,20 +162,27 @@ class PointwiseFit:
 
 @dataclass(frozen=True, slots=True)
 class CollectiveFit:
-    """One collective over a fixed number of devices: latency + message / rate, with a smooth knee."""
+    """One collective over a fixed number of devices: latency + message / rate, by algorithm.
 
-    latency_s: float
-    bytes_per_s: float
-    sharpness: float
+    Libraries switch algorithms at certain message sizes; `starts_bytes[i]` is where the i-th takes over, and
+    the first is 0. A longer message never costs less: at a switch downwards the time stands still.
+    """
+
+    starts_bytes: tuple[float, ...]
+    latency_s: tuple[float, ...]
+    bytes_per_s: tuple[float, ...]
     error: FitError
 
     def seconds(self, message_bytes: float) -> float:
         if message_bytes <= 0:
             return 0.0
-        transfer = message_bytes / self.bytes_per_s
-        larger, smaller = max(transfer, self.latency_s), min(transfer, self.latency_s)
-        p = self.sharpness
-        return float(larger * (1.0 + (smaller / larger) ** p) ** (1.0 / p))
+        ends = (*self.starts_bytes[1:], math.inf)
+        longest = 0.0
+        regimes = zip(self.starts_bytes, ends, self.latency_s, self.bytes_per_s, strict=True)
+        for start, end, latency_s, rate in regimes:
+            if start <= message_bytes:
+                longest = max(longest, latency_s + min(message_bytes, end) / rate)
+        return longest
 
 
 def causal_pairs(new: int, context: int, window: int | None = None) -> float:
