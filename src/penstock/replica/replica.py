@@ -110,6 +110,10 @@ class Replica:
     def has_work(self) -> bool:
         return bool(self._by_request)
 
+    @property
+    def steps_planned(self) -> int:
+        return self._steps_planned
+
     def submit(self, request: Request, now_s: float) -> None:
         """Queue a request. Raises RequestError if it could never run; ids are unique."""
         assert request.id not in self._by_request, f"request id {request.id} is in use"
@@ -166,7 +170,7 @@ class Replica:
             if sequence is not None:  # else it was cancelled while the step ran
                 self._advance_chunk(sequence, chunk, result, events, ends, now_s)
         # In order of arrival, so that it does not matter how an end was found
-        for seq_id, (reason, stop_token_id) in sorted(ends.items()) if len(ends) > 1 else ends.items():
+        for seq_id, (reason, stop_token_id) in sorted(ends.items()):
             sequence = self._running[seq_id]
             events.append(self._finish(sequence, reason, now_s, stop_token_id=stop_token_id))
         stats = self._stats
@@ -238,13 +242,13 @@ class Replica:
         return plan
 
     def _make_plan(self, chunks: list[Chunk], decode_count: int, paused: frozenset[int]) -> StepPlan:
-        new_blocks = [entry for entry in self._new_blocks if entry[0] in self._running]
-        starts = list(self._starts.values())
-        plan = StepPlan(self._steps_planned, chunks, decode_count, paused, starts, self._ends, new_blocks)
+        new_blocks, self._new_blocks = self._new_blocks, []
+        if self._ends:  # perhaps preempted after they were given blocks
+            new_blocks = [entry for entry in new_blocks if entry[0] in self._running]
+        starts, self._starts = list(self._starts.values()), {}
+        ends, self._ends = self._ends, []
+        plan = StepPlan(self._steps_planned, chunks, decode_count, paused, starts, ends, new_blocks)
         self._steps_planned += 1
-        self._starts.clear()
-        self._ends = []
-        self._new_blocks = []
         return plan
 
     def _steps_without_decision(self) -> int:
@@ -266,9 +270,11 @@ class Replica:
 
     def _secure_decodes(self, now_s: float) -> None:
         """A block for every decode whose last one is full; where there are too few, somebody yields."""
-        lane, block_tokens = self._lane, self.limits.kv_block_tokens
-        clock = lane.clock
-        needy = [s for s in lane.at_edge().values() if len(s.blocks) * block_tokens == clock + s.offset]
+        edge = self._lane.at_edge()
+        if not edge:
+            return
+        clock, block_tokens = self._lane.clock, self.limits.kv_block_tokens
+        needy = [s for s in edge.values() if len(s.blocks) * block_tokens == clock + s.offset]
         if len(needy) <= self._pool.available:
             for sequence, block in zip(needy, self._pool.allocate(len(needy), now_s), strict=True):
                 sequence.blocks.append(block)
@@ -363,18 +369,17 @@ class Replica:
 
     def _chunks(self, composition: Composition, now_s: float) -> list[Chunk]:
         """Shares with their KV secured; a share whose sequence had to yield drops out."""
-        secured: list[tuple[Sequence, int]] = []
+        chunks: list[Chunk] = []
+        preempted_before = self._stats.preemptions_total
         for share in composition.shares:
-            sequence = share.sequence
-            assert isinstance(sequence, Sequence) and share.count >= 1
-            if sequence.running and self._secure(sequence, sequence.computed_len + share.count, now_s):
-                secured.append((sequence, share.count))
-        chunks = []
-        for sequence, count in secured:
-            if sequence.running:
-                start = sequence.computed
+            sequence, count = share.sequence, share.count
+            assert isinstance(sequence, Sequence) and count >= 1
+            start = sequence.computed
+            if sequence.running and self._secure(sequence, start + count, now_s):
                 chunks.append(Chunk(sequence.seq_id, start, count, start + count == sequence.known_len))
-        return chunks
+        if self._stats.preemptions_total == preempted_before:
+            return chunks
+        return [chunk for chunk in chunks if chunk.seq_id in self._running]
 
     def _paused(self, composition: Composition) -> frozenset[int]:
         if not composition.paused:
@@ -422,10 +427,9 @@ class Replica:
             if step:  # the first step's blocks came with the plan
                 self._secure_decodes(now_s)
             lane.clock += 1
-            if self.limits.prefix_cache:
-                for sequence in lane.at_edge().values():
-                    if sequence.is_keyed:
-                        self._publish_full_blocks(sequence)
+            for sequence in lane.at_edge().values():
+                if sequence.is_keyed:
+                    self._publish_full_blocks(sequence)
         self._standing_steps = max(0, self._standing_steps - (result.steps - 1))
         if result.tokens is not None:
             for seq_id, sequence in lane.members.items():
@@ -448,7 +452,7 @@ class Replica:
     ) -> None:
         """A chunk has KV now; the last one of a prompt yields a token and begins the decode."""
         sequence.computed += chunk.count
-        if sequence.is_keyed and self.limits.prefix_cache:
+        if sequence.is_keyed:
             self._publish_full_blocks(sequence)
         if result.prompt_logprobs:
             sequence.prompt_logprobs += result.prompt_logprobs.get(sequence.seq_id, ())
@@ -484,6 +488,8 @@ class Replica:
 
     def _publish_full_blocks(self, sequence: Sequence) -> None:
         """Offer blocks that this step filled to the prefix index."""
+        if not self.limits.prefix_cache:
+            return
         full_blocks = sequence.computed_len // self.block_tokens
         if full_blocks == sequence.published_blocks:
             return

@@ -16,7 +16,7 @@ from penstock.twin.costs.model import CostModel
 from penstock.twin.costs.work import StepWork
 
 _FOREVER: Final = float("inf")
-_LEAP_STEPS_FIRST: Final = 8  # times are computed so many steps ahead, then twice as many, and so on
+_LEAP_STEPS_MAX: Final = 1024  # times are computed at most so many steps ahead
 
 
 class TokenTimes:
@@ -182,18 +182,20 @@ class ModelledExecutor:
         decodes, limit = plan.decode_count, plan.repeat
         if self._stops:
             limit = min(limit, max(1, self._stops[0][0] - self._clock))
-        now_s, horizon_s, tape, done, ahead = self.now_s, self.horizon_s, self._tape, 0, _LEAP_STEPS_FIRST
         self._look_at_range(StepWork((), decodes, self._context + decodes * limit, decodes))
+        now_s, horizon_s, tape, done, count = self.now_s, self.horizon_s, self._tape, 0, 1
         while done < limit and (now_s < horizon_s or not done):
-            count = min(ahead, limit - done)
             context = self._context + decodes * (done + 1)
             for seconds in self._cost.decode_seconds(decodes, context, count):
-                now_s += float(seconds)
+                last_s = float(seconds)
+                now_s += last_s
                 tape.append(now_s)
                 done += 1
                 if now_s >= horizon_s:
                     break
-            ahead *= 2
+            # About as many more as will fit: contexts grow, so that steps become no shorter.
+            left_s = min(horizon_s - now_s, last_s * _LEAP_STEPS_MAX)
+            count = max(1, min(limit - done, int(left_s / last_s) + 1))
         self.now_s = now_s
         self._clock += done
         self._context += decodes * done
