@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from penstock.engine.linear_cpu import CpuLinearBackend, measure_rows_min
+from penstock.engine.linear_cpu import CpuLinearBackend, measure_rows_min, padded_rows
 from penstock.engine.threads import Threads
 
 OUT, COLUMNS = 576, 96
@@ -55,3 +55,11 @@ def test_a_packed_matrix_gives_each_row_the_same_whatever_the_call(
     for rows in (1, 2, 3, 5, 40):
         parts = [linear(part) for part in x.split(rows)]
         assert torch.equal(torch.cat(parts), whole)
+
+
+def test_calls_have_few_sizes() -> None:
+    """Each size costs a kernel; padding costs at most an eighth more rows."""
+    sizes = {padded_rows(rows) for rows in range(1, 1025)}
+    assert len(sizes) == 16 + 8 * 6
+    assert all(rows <= padded_rows(rows) <= max(rows, rows * 9 / 8) for rows in range(1, 1025))
+    assert all(padded_rows(size) == size for size in sizes)
