@@ -11,8 +11,9 @@ from penstock.core.request import Request, SamplingParams
 from penstock.core.settings import Settings
 from penstock.core.step import TokenLogprobs
 from penstock.engine.build import Engine, Stages, build_engine
-from penstock.models.catalogue import ModelSource, resolve
+from penstock.models.catalogue import resolve
 from penstock.models.chat import ChatTemplate
+from penstock.models.source import ModelSource
 from penstock.models.tokenizer import Tokenizer
 from penstock.policies.stack import make_stack
 from penstock.replica.replica import Replica

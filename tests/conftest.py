@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from penstock.models.catalogue import ModelSource, resolve
+from penstock.models.catalogue import resolve
+from penstock.models.source import ModelSource
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from penstock.engine.model import DecoderModel
-from penstock.models.catalogue import ModelSource
+from penstock.models.source import ModelSource
 from penstock.models.tokenizer import Tokenizer
 
 OUTPUT_TOKENS = 32

@@ -23,7 +23,7 @@ from small_tokenizers import (
 )
 
 from penstock.core.errors import InvalidRequest, ModelFileDamaged, ModelNotAvailable, ModelUnsupported
-from penstock.models.catalogue import ModelSource
+from penstock.models.source import ModelSource
 from penstock.models.tokenizer import Tokenizer
 from penstock.models.tokenizer_parts import Scheme
 

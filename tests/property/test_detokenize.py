@@ -19,8 +19,8 @@ from small_tokenizers import (
 )
 
 from penstock.core.errors import InvalidRequest
-from penstock.models.catalogue import ModelSource
 from penstock.models.detokenize import MAX_STOP_CHARACTERS, IncrementalDetokenizer, StopMatcher
+from penstock.models.source import ModelSource
 from penstock.models.tokenizer import Tokenizer
 
 

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from small_tokenizers import finish
 
 from penstock.core.errors import PenstockError
-from penstock.models.catalogue import ModelSource
 from penstock.models.chat import ChatTemplate
 from penstock.models.config import load_config
 from penstock.models.gguf import GgufFile
+from penstock.models.source import ModelSource
 from penstock.models.summary import weights_bytes_by_type
 from penstock.models.tokenizer import Tokenizer
 

@@ -27,8 +27,9 @@ from typer.testing import CliRunner
 
 from penstock.cli import model as model_command
 from penstock.core.errors import EnvironmentMissing, ModelFileDamaged, ModelNotAvailable, ModelUnsupported
-from penstock.models import catalogue, hub, wheel
-from penstock.models.catalogue import CATALOGUE, ModelSource, resolve
+from penstock.models import catalogue, hub, source, wheel
+from penstock.models.catalogue import CATALOGUE, resolve
+from penstock.models.source import ModelSource
 from penstock.models.summary import weights_bytes_by_type
 
 MEMBER = "tiny_model/tiny.gguf"
@@ -377,7 +378,7 @@ class TestLocal:
             resolve(str(path))
 
     def test_a_folder_with_far_too_many_files(self, tmp_path: Path, monkeypatch: Any) -> None:
-        monkeypatch.setattr(catalogue, "MAX_FOLDER_ENTRIES", 3)
+        monkeypatch.setattr(source, "MAX_FOLDER_ENTRIES", 3)
         for number in range(4):
             (tmp_path / str(number)).touch()
         with pytest.raises(ModelNotAvailable, match="more than 3 entries"):

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from small_tokenizers import train_byte_level
 
 from penstock.core.errors import InvalidRequest, ModelFileDamaged, PenstockError
-from penstock.models.catalogue import ModelSource
 from penstock.models.chat import DEFAULT_TEMPLATE, ChatTemplate, template_text
 from penstock.models.chat_sandbox import RenderLimits
+from penstock.models.source import ModelSource
 from penstock.models.tokenizer import Tokenizer
 
 SMALL = RenderLimits(cpu_s=0.2, characters=1_000_000, elements=50_000)

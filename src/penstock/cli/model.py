@@ -14,8 +14,8 @@ import typer
 from penstock.core.errors import EnvironmentMissing
 
 if TYPE_CHECKING:
-    from penstock.models.catalogue import ProgressReport
     from penstock.models.summary import ModelSummary
+    from penstock.models.wheel import ProgressReport
 
 NameArgument = Annotated[
     str, typer.Argument(metavar="NAME", help="A catalogue name, a folder, a `.gguf` file, or hf:owner/name.")
@@ -110,7 +110,7 @@ def show_progress() -> Iterator[ProgressReport]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
-    from penstock.models.catalogue import quiet
+    from penstock.models.wheel import quiet
 
     console = Console(stderr=True)
     if not console.is_terminal:

@@ -14,7 +14,7 @@ from penstock.core.errors import EnvironmentMissing
 
 if TYPE_CHECKING:
     from penstock.core.settings import Settings
-    from penstock.models.catalogue import ModelSource
+    from penstock.models.source import ModelSource
     from penstock.replica.messages import ReplicaInfo
 
 EXAMPLES = """

@@ -18,7 +18,6 @@ from torch import Tensor
 from penstock.core.errors import ModelError, ModelFileDamaged, ModelNotAvailable, ModelUnsupported
 from penstock.engine.gguf_names import gguf_place, half_split_order
 from penstock.engine.linear import QuantisedRows
-from penstock.models.catalogue import PICKLE_SUFFIXES
 from penstock.models.config import (
     ModelConfig,
     ModelFiles,
@@ -29,6 +28,7 @@ from penstock.models.config import (
 )
 from penstock.models.ggml_quants import GgmlType, dequantise_rows
 from penstock.models.gguf import GgufFile, GgufTensor
+from penstock.models.source import PICKLE_SUFFIXES
 
 ROPE_FACTORS: Final = "rope_freqs.weight"
 """Not in `weight_shapes`: divisors of the rotary frequencies, float32[head_dim / 2], in some GGUF files."""

@@ -14,7 +14,7 @@ from penstock.core.reasons import CancelReason
 from penstock.core.request import Request
 from penstock.core.settings import Settings
 from penstock.engine import worker
-from penstock.models.catalogue import ModelSource
+from penstock.models.source import ModelSource
 from penstock.replica.messages import ReplicaDied, ReplicaInfo, StepReport
 
 ReportCallback = Callable[[StepReport | ReplicaDied], None]

@@ -25,7 +25,7 @@ from penstock.core.reasons import CancelReason, FinishReason
 from penstock.core.request import Request
 from penstock.core.settings import Settings
 from penstock.engine.threads import wait_asleep
-from penstock.models.catalogue import ModelSource
+from penstock.models.source import ModelSource
 from penstock.policies.stack import make_stack
 from penstock.replica.messages import ReplicaInfo, StepReport
 from penstock.replica.replica import Replica

@@ -17,10 +17,10 @@ from typing import Any, Final, NoReturn
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from penstock.core.errors import InvalidRequest, ModelFileDamaged
-from penstock.models.catalogue import ModelSource
 from penstock.models.chat_sandbox import BoundedEnvironment, RenderLimitExceeded, RenderLimits
 from penstock.models.config import read_json_object
 from penstock.models.gguf import GgufFile
+from penstock.models.source import ModelSource
 from penstock.models.tokenizer import Tokenizer
 
 MAX_TEMPLATE_CHARACTERS: Final = 262_144

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from penstock.core.errors import EnvironmentMissing, ModelNotAvailable
-from penstock.models.catalogue import HUB_PREFIX, ModelSource, local_source
+from penstock.models.source import ModelSource, local_source
 
+HUB_PREFIX: Final = "hf:"
 FOLDER_PATTERNS: Final = (
     "config.json",
     "generation_config.json",

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Final
 
 from penstock.core.errors import ModelFileDamaged
-from penstock.models.catalogue import CATALOGUE, ModelSource
+from penstock.models.catalogue import CATALOGUE
 from penstock.models.config import ModelConfig, load_config
 from penstock.models.gguf import GgufFile
+from penstock.models.source import ModelSource
 from penstock.models.tokenizer import Tokenizer
 
 _SAFETENSORS_BYTES: Final = {

