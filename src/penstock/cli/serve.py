@@ -144,6 +144,7 @@ def _summary(url: str, info: ReplicaInfo, source: ModelSource) -> str:
             f"  engine    {info.device}, {info.dtype}, up to {info.running_max} sequences, "
             f"{info.step_tokens_max} tokens a step",
             f"  policies  {stack}",
+            f"  page      {url}/",
             f"  try       curl -N {url}/v1/chat/completions -H 'content-type: application/json' -d "
             f"'{_example_body(info.model)}'",
         )

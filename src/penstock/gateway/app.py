@@ -24,6 +24,7 @@ from penstock.desk import Capacity, Desk
 from penstock.gateway import generate, plain
 from penstock.gateway import schema_out as out
 from penstock.gateway.convert import Served
+from penstock.gateway.dashboard import answer_dashboard
 from penstock.gateway.edge import Edge
 from penstock.gateway.errors import error_response, from_http_exception
 from penstock.gateway.metrics import GatewayMetrics
@@ -211,6 +212,10 @@ def _add_text_routes(app: FastAPI, gateway: Gateway) -> None:
 
 
 def _add_status_routes(app: FastAPI, gateway: Gateway) -> None:
+    @app.get("/", include_in_schema=False)
+    async def dashboard() -> Response:
+        return answer_dashboard()
+
     @app.get("/health", summary="Is the engine alive", openapi_extra=describe(out.Health, NoHealthyEngine))
     async def health() -> Response:
         return plain.answer_health(gateway)
