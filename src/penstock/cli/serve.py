@@ -52,6 +52,16 @@ def serve(
     running_max: Annotated[int | None, typer.Option(help="Sequences that may run at once.")] = None,
     step_tokens: Annotated[int | None, typer.Option(help="Token budget of one step.")] = None,
     drain_timeout_s: Annotated[float | None, typer.Option(help="Time streams get after SIGTERM.")] = None,
+    record: Annotated[
+        str | None, typer.Option(help="Request log to write; `simulate` and `replay` read it.")
+    ] = None,
+    step_trace: Annotated[
+        str | None, typer.Option(help="Step trace to write; `calibrate --from-steps` reads it.")
+    ] = None,
+    journal: Annotated[str | None, typer.Option(help="Decision journal to write, for debugging.")] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Profile of `calibrate` to compare the engine's steps with.")
+    ] = None,
     ready_file: Annotated[
         Path | None, typer.Option(help="Write the URL to this file once requests are taken.")
     ] = None,
@@ -74,6 +84,10 @@ def serve(
             "replica.context_len": context_len,
             "replica.running_max": running_max,
             "replica.step_tokens": step_tokens,
+            "record.requests": record,
+            "record.steps": step_trace,
+            "record.journal": journal,
+            "twin.profile": profile,
         },
     )
     raise typer.Exit(run_server(resolved.settings, ready_file, as_json))

@@ -87,6 +87,22 @@ class GatewaySettings:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordSettings:
+    """`[record]`: files that `serve` writes about its own work; empty: none. docs/formats.md has them."""
+
+    requests: str = setting("", "request log to write: lengths, times and hashed prefixes; no text")
+    steps: str = setting("", "step trace to write: what each engine step computed, and its time")
+    journal: str = setting("", "decision journal to write, for debugging: every call of the replica")
+
+
+@dataclass(frozen=True, slots=True)
+class TwinSettings:
+    """`[twin]`: how a running server watches its own model of itself."""
+
+    profile: str = setting("", "profile of `penstock calibrate` that the server compares its steps with")
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """Everything `serve` runs on."""
 
@@ -99,4 +115,6 @@ class Settings:
     replica: ReplicaSettings = field(default_factory=ReplicaSettings)
     desk: DeskSettings = field(default_factory=DeskSettings)
     gateway: GatewaySettings = field(default_factory=GatewaySettings)
+    record: RecordSettings = field(default_factory=RecordSettings)
+    twin: TwinSettings = field(default_factory=TwinSettings)
     slo: dict[str, Slo] = field(default_factory=dict)

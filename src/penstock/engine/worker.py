@@ -24,6 +24,9 @@ from penstock.core.events import Finished, ReplicaEvent
 from penstock.core.reasons import CancelReason, FinishReason
 from penstock.core.request import Request
 from penstock.core.settings import Settings
+from penstock.core.step import StepPlan, StepResult
+from penstock.core.step_trace import StepRecord
+from penstock.engine.recording import Recording
 from penstock.engine.threads import wait_asleep
 from penstock.models.source import ModelSource
 from penstock.policies.stack import make_stack
@@ -110,12 +113,13 @@ def _start(
 
     stages = Stages({"import": time.perf_counter() - began_s})
     engine = build_engine(settings, source, model_name, stages)
+    recording = Recording(settings, engine.limits)
     with stages.timed("warm_up"):
         warm_up(engine, settings)
     for name, seconds in stages.seconds.items():
         connection.send(StageDone(name, seconds))
     connection.send(replace(engine.info, startup_s=stages.seconds))
-    return _Loop(connection, heartbeat, engine, settings)
+    return _Loop(connection, heartbeat, engine, settings, recording)
 
 
 def warm_up(engine: Engine, settings: Settings) -> None:
@@ -132,7 +136,12 @@ class _Loop:
     """Drain the inbox, plan, execute, complete, report; for ever."""
 
     def __init__(
-        self, connection: Connection, heartbeat: Synchronized[int], engine: Engine, settings: Settings
+        self,
+        connection: Connection,
+        heartbeat: Synchronized[int],
+        engine: Engine,
+        settings: Settings,
+        recording: Recording,
     ) -> None:
         self._connection = connection
         self._heartbeat = heartbeat
@@ -140,16 +149,27 @@ class _Loop:
         self._settings = settings
         self._replica = Replica(engine.limits, make_stack(settings.policies))
         self._failures = 0
+        self._recording = recording
+        self._is_watched = bool(settings.twin.profile)  # the gateway compares steps with a profile
 
     def run(self) -> None:
-        while True:
-            self._heartbeat.value += 1
-            events: list[ReplicaEvent] = []
-            if not self._drain_inbox(events):
-                return
-            events += self._step()
-            if events:
-                self._connection.send(StepReport(events, self._replica.stats()))
+        try:
+            while self._turn():
+                pass
+        finally:
+            self._recording.close()
+
+    def _turn(self) -> bool:
+        """Inbox, one step, report. False when told to close."""
+        self._heartbeat.value += 1
+        events: list[ReplicaEvent] = []
+        if not self._drain_inbox(events):
+            return False
+        record = self._step(events)
+        shown = record if self._is_watched else None
+        if events or shown is not None:
+            self._connection.send(StepReport(events, self._replica.stats(), shown))
+        return True
 
     def _drain_inbox(self, events: list[ReplicaEvent]) -> bool:
         """Take every waiting command; wait for one while idle. False when told to close."""
@@ -166,6 +186,7 @@ class _Loop:
         now_s = time.monotonic()
         if isinstance(command, Cancel):
             finished = self._replica.cancel(command.request_id, command.reason, now_s)
+            self._recording.cancelled(command.request_id, command.reason, now_s)
             events += [finished] if finished is not None else []
             return
         request = command.request
@@ -177,23 +198,35 @@ class _Loop:
                     request.id, now_s, FinishReason.REFUSED, request.prompt_len, 0, 0, detail=error.message
                 )
             )
+        else:
+            self._recording.submitted(request, now_s)
 
-    def _step(self) -> list[ReplicaEvent]:
-        planned_s = time.perf_counter()
-        plan = self._replica.plan(time.monotonic())
-        if plan is None:
-            return []
+    def _step(self, events: list[ReplicaEvent]) -> StepRecord | None:
+        """Plan, execute, complete; adds to `events`. The step's record, where somebody wants it."""
+        planned_s, plan_s = time.perf_counter(), time.monotonic()
+        plan = self._replica.plan(plan_s)
         schedule_s = time.perf_counter() - planned_s
+        self._recording.planned(plan, plan_s)
+        if plan is None:
+            return None
         try:
             result = self._engine.executor.execute(plan)
         except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError, also for lack of memory
-            return self._recover(error)
+            events += self._recover(error)
+            return None
+        return self._complete(plan, result, schedule_s, events)
+
+    def _complete(
+        self, plan: StepPlan, result: StepResult, schedule_s: float, events: list[ReplicaEvent]
+    ) -> StepRecord | None:
         self._failures = 0
-        done_s = time.perf_counter()
-        events = self._replica.complete(plan, result, time.monotonic())
-        self._replica.stats().schedule_s = schedule_s + time.perf_counter() - done_s
+        done_s, now_s = time.perf_counter(), time.monotonic()
+        told = self._replica.complete(plan, result, now_s)
+        schedule_s += time.perf_counter() - done_s
+        self._replica.stats().schedule_s = schedule_s
         self._check_invariants(plan.index)
-        return events
+        events += told
+        return self._recording.completed(plan, result, told, schedule_s, now_s)
 
     def _check_invariants(self, step_index: int) -> None:
         """A debugging aid, off by default: an engine whose books are wrong must not go on."""
@@ -206,7 +239,9 @@ class _Loop:
         self._failures += 1
         print(f"engine step failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         events: list[ReplicaEvent] = []
-        events += self._replica.fail_all(f"the engine step failed: {type(error).__name__}", time.monotonic())
+        now_s = time.monotonic()
+        events += self._replica.fail_all(f"the engine step failed: {type(error).__name__}", now_s)
+        self._recording.failed(now_s)
         if self._failures >= FAILURES_MAX:
             self._connection.send(StepReport(events, self._replica.stats()))
             raise error

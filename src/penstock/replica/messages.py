@@ -12,6 +12,7 @@ from typing import Protocol
 from penstock.core.events import ReplicaEvent
 from penstock.core.reasons import CancelReason
 from penstock.core.request import Request
+from penstock.core.step_trace import StepRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ class StepReport:
 
     events: list[ReplicaEvent]
     stats: ReplicaStats
+    record: StepRecord | None = None  # what the step computed, where the gateway compares it with a profile
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,100 @@
+"""What the engine process writes about its own work: the decision journal and the step trace, each if asked.
+
+The loop tells everything it does; with nothing to write a call costs a comparison or two.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from penstock.core import step_trace
+from penstock.core.events import ReplicaEvent
+from penstock.core.line_file import LineFile
+from penstock.core.reasons import CancelReason
+from penstock.core.request import Request
+from penstock.core.settings import Settings
+from penstock.core.step import StepPlan, StepResult
+from penstock.core.step_trace import StepRecord
+from penstock.replica import journal
+from penstock.replica.journal import Journal
+from penstock.replica.limits import ReplicaLimits
+from penstock.replica.step_meter import StepMeter
+
+SALT_BYTES = 16
+
+
+class Recording:
+    """One engine's files. Lines reach the disk when the engine is idle, or as buffers fill."""
+
+    def __init__(self, settings: Settings, limits: ReplicaLimits) -> None:
+        """Creates the files that the settings name. Raises EnvironmentMissing."""
+        wanted = settings.record
+        self._files: list[LineFile] = []
+        self._journal: Journal | None = None
+        self._steps: LineFile | None = None
+        if wanted.journal:
+            file = self._open(wanted.journal, journal.header(limits, settings.policies))
+            self._journal = Journal(limits.kv_block_tokens, secrets.token_bytes(SALT_BYTES), file.write)
+        if wanted.steps:
+            self._steps = self._open(wanted.steps, step_trace.header())
+        self._measures = bool(wanted.steps or settings.twin.profile)
+        self._meter = StepMeter()
+        self._is_idle = False
+
+    def submitted(self, request: Request, now_s: float) -> None:
+        if self._journal is not None:
+            self._journal.submitted(request, now_s)
+
+    def cancelled(self, request_id: str, reason: CancelReason, now_s: float) -> None:
+        if self._journal is not None:
+            self._journal.cancelled(request_id, reason.value, now_s)
+
+    def planned(self, plan: StepPlan | None, now_s: float) -> None:
+        """The plans of an idle replica are all alike, and only the first is written."""
+        was_idle, self._is_idle = self._is_idle, plan is None
+        if was_idle and self._is_idle:
+            return
+        if self._journal is not None:
+            self._journal.planned(plan, now_s)
+        if self._is_idle:
+            self._flush()
+
+    def completed(
+        self,
+        plan: StepPlan,
+        result: StepResult,
+        events: Sequence[ReplicaEvent],
+        schedule_s: float,
+        now_s: float,
+    ) -> StepRecord | None:
+        """The step's record, where anything reads one."""
+        if self._journal is not None:
+            self._journal.completed(result, events, now_s)
+        if not self._measures:
+            return None
+        record = self._meter.record(plan, result, schedule_s, now_s)
+        if self._steps is not None:
+            self._steps.write(step_trace.line_of(record))
+        return record
+
+    def failed(self, now_s: float) -> None:
+        """A step failed; the replica and the executor begin anew."""
+        self._meter = StepMeter()
+        if self._journal is not None:
+            self._journal.failed(now_s)
+            self._flush()
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+    def _flush(self) -> None:
+        for file in self._files:
+            file.flush()
+
+    def _open(self, path: str, header: Mapping[str, object]) -> LineFile:
+        file = LineFile(Path(path), header)
+        self._files.append(file)
+        return file
