@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import fit_engine
+from benchmarks import fit_engine, other_source
 from benchmarks.fitting import Errors, Parameter, errors, fit
 from benchmarks.gpu_facts import ASSUMED, ENGINES, GPUS, Engine, Gpu
 from benchmarks.results import write_section
-from penstock.twin.costs.hardware import PROFILES, load_engine
+from penstock.twin.costs.hardware import PROFILES, load_engine, load_hardware
 from penstock.twin.costs.least_squares import nonnegative
 from penstock.twin.costs.operators import (
     CollectiveFit,
@@ -38,6 +38,7 @@ from penstock.twin.costs.operators import (
 )
 from penstock.twin.costs.profile_file import SCHEMA_VERSION, toml_text
 
+OTHER_SOURCE = "blis_h100_kernels.csv"
 UNKNOWN = FitError(0.0, 0.0, 0)
 # What engines run: contexts that a prompt can have, chunks that fill a budget of rows. Points outside, such
 # as 256 prompts of 16 tokens or a context of 2, are neither fitted nor counted.
@@ -103,8 +104,15 @@ def gemm_points(rows: list[Row], gpu: Gpu, dtype: str) -> list[Point]:
     return points
 
 
+def static_points(folder: Path) -> list[Point]:
+    """Plain float8 products of the other source; shapes of both halves differ in n or k."""
+    shapes = other_source.gemm_shapes(rows_of(folder, OTHER_SOURCE))
+    ranked = {pair: index for index, pair in enumerate(sorted({shape[1:3] for shape in shapes}))}
+    return [Point((m, n, k), seconds, ranked[n, k] % 2 == 0) for m, n, k, seconds in shapes]
+
+
 def fit_gemm(points: list[Point], gpu: Gpu, dtype: str) -> Outcome:
-    value_bytes = 1.0 if dtype == "float8" else 2.0
+    value_bytes = 1.0 if dtype.startswith("float8") else 2.0
     device = Device(gpu.peaks[dtype], gpu.bandwidth, gpu.units)
     rows_max = max(point.shape[0] for point in points)
 
@@ -329,6 +337,12 @@ def fit_gpu(folder: Path, gpu: Gpu, table: list[str]) -> dict[str, Any]:
             outcome = fit_gemm(points, gpu, dtype)
             operators["gemm"][dtype] = section(outcome, rows_max=max(point.shape[0] for point in points))
             note(f"gemm {dtype}", outcome.error)
+    if "float8-static" in gpu.peaks:
+        points = static_points(folder)
+        outcome = fit_gemm(points, gpu, "float8-static")
+        rows_max = max(point.shape[0] for point in points)
+        operators["gemm"]["float8-static"] = section(outcome, rows_max=rows_max)
+        note("gemm float8, inputs quantised before", outcome.error)
     decode = decode_points(rows_of(folder, "aic_generation_attention.csv"), gpu)
     outcome = fit_decode(decode, gpu)
     sizes = {"sequences_max": max(p.shape[2] for p in decode), "context_max": max(p.shape[3] for p in decode)}
@@ -372,8 +386,21 @@ def main() -> None:
     vllm_2024 = next(engine for engine in ENGINES if engine.name == "vllm-2024")
     write_engine(dataclasses.replace(vllm_2024, overhead={**vllm_2024.overhead, **overhead}))
     write_section("twin-apex", fit_engine.table(load_engine("vllm-2024")))
+    second_opinion(folder, table)
     write_section("twin-operators", results(table))
     print("\n".join(table))
+
+
+def second_opinion(folder: Path, table: list[str]) -> None:
+    """Adds the H100 profile's errors on points of another laboratory."""
+    rows, profile = rows_of(folder, OTHER_SOURCE), load_hardware("h100-sxm")
+    found = {
+        "decode attention": other_source.decode_error(rows, profile),
+        "prefill attention": other_source.prefill_error(rows, profile),
+    }
+    for operator, error in found.items():
+        figures = f"{error.points} | {error.median:.1%} | {error.p90:.1%} | {error.worst:.0%}"
+        table.append(f"| h100-sxm | {operator}, of another laboratory | {figures} |")
 
 
 def write_engine(engine: Engine) -> None:

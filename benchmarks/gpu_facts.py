@@ -9,6 +9,7 @@ from typing import Any
 
 AIC = "ai-dynamo/aiconfigurator systems/data (commit 095f58a, Apache-2.0), vLLM 0.14 kernels"
 APEX = "microsoft/apex_plus profile/comm (commit 8769096), NCCL"
+BLIS = "inference-sim/inference-sim, branch stepml-experiments, bench_data"
 VIDUR = "microsoft/vidur data/profiling (commit 7d47513)"
 LLMSERVINGSIM = "casys-kaist/LLMServingSim profiler/perf (commit 5daddb2)"
 CARD_POWER = "idle assumed; limit: vendor's data sheet; form, memory_share and exponent: card polca (assumed)"
@@ -44,6 +45,7 @@ class Gpu:
             "peak_flops": f"{self.sheet}; dense",
             "power": CARD_POWER,
             "operators.gemm": AIC,
+            **({"operators.gemm.float8-static": BLIS} if "float8-static" in self.peaks else {}),
             "operators.decode_attention": AIC,
             "operators.prefill_attention": AIC,
             "operators.pointwise": f"traffic: {VIDUR}{nearest}; launch: {LLMSERVINGSIM}, other devices",
@@ -78,7 +80,7 @@ GPUS = (
         80e9,
         3.35e12,
         132,
-        {"bfloat16": 989.5e12, "float8": 1979e12},
+        {"bfloat16": 989.5e12, "float8": 1979e12, "float8-static": 1979e12},
         70.0,
         700.0,
         "NVIDIA H100 data sheet (SXM5)",

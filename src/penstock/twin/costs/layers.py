@@ -118,6 +118,9 @@ class RowCosts:
         total.add(self._product(routed, 2 * width, spec.hidden, touched * 2 * expert_bytes))
         total.add(self._pointwise_share(routed * width * 3))
         total.add(self._product(routed, spec.hidden, width, touched * expert_bytes))
+        # Sorting rows by expert before, and adding the choices up after.
+        total.add(self._pointwise_share(rows * spec.experts))
+        total.add(self._pointwise_share(routed * spec.hidden))
         self._reduce(total, rows)
         return total
 
