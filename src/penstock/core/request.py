@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 _EMPTY: frozenset[int] = frozenset()
 
@@ -29,6 +29,9 @@ class SamplingParams:
         return self.temperature == 0.0
 
 
+_DEFAULT_SAMPLING = SamplingParams()  # immutable, so one serves all
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Request:
     """One completion of one prompt. `n` choices are `n` requests that share a prompt.
@@ -45,7 +48,7 @@ class Request:
     block_keys: Sequence[bytes] | None = None
     min_output_tokens: int = 0
     stop_token_ids: frozenset[int] = _EMPTY  # these end the output with `stop`; includes EOS unless ignored
-    sampling: SamplingParams = field(default_factory=SamplingParams)
+    sampling: SamplingParams = _DEFAULT_SAMPLING
     tenant: str = "default"
     slo_class: str = "default"
     priority: int = 0  # lower first, as in vLLM

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from penstock.core.request import SamplingParams
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(slots=True, repr=False)
 class SequenceStart:
     """A sequence enters (or re-enters, after preemption) the executor.
 
