@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from penstock import __version__
-from penstock.core.errors import EnvironmentMissing, ModelUnsupported
+from penstock.core.errors import ConfigError, EnvironmentMissing
 from penstock.core.settings import ReplicaSettings, Settings
 from penstock.engine.attention import make_attention
 from penstock.engine.checkpoint import open_checkpoint
@@ -94,7 +94,7 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda"):
-        raise EnvironmentMissing(f"`replica.device` is `{name}`", hint="Use `auto`, `cpu` or `cuda`.")
+        raise ConfigError(f"`replica.device` is `{name}`", hint="Use `auto`, `cpu` or `cuda`.")
     if name == "cuda" and not torch.cuda.is_available():
         raise EnvironmentMissing(
             "`replica.device` is `cuda`, but torch sees no CUDA device",
@@ -113,9 +113,7 @@ def choose_dtype(name: str, device: torch.device, config: ModelConfig) -> torch.
     if name in _DTYPES:
         return _DTYPES[name]
     if name != "auto":
-        raise ModelUnsupported(
-            f"`replica.dtype` is `{name}`", hint=f"Use `auto` or one of {', '.join(_DTYPES)}."
-        )
+        raise ConfigError(f"`replica.dtype` is `{name}`", hint=f"Use `auto` or one of {', '.join(_DTYPES)}.")
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return torch.bfloat16 if _cpu_multiplies_bf16() else torch.float32
