@@ -63,6 +63,18 @@ def test_noise_and_stalls_move_it_little() -> None:
     assert worst_error(model, held) < 0.25
 
 
+def test_a_third_of_stalled_steps_leaves_no_bias() -> None:
+    """A neighbour may slow a third of the steps up to three-fold; the fit is of the machine, not of him."""
+    stream = random.Random(15)
+    samples = [
+        (work, seconds * (stream.uniform(1.0, 3.0) if stream.random() < 0.33 else 1.0))
+        for work, seconds in drawn_steps(16, 400, noise=0.08)
+    ]
+    model = fit_steps(samples)
+    signed = [model.seconds(work) / truth(work) - 1 for work, _ in drawn_steps(17, 300)]
+    assert abs(float(np.median(signed))) < 0.04
+
+
 def test_plain_least_squares_would_have_been_moved() -> None:
     """The robust weights earn their keep: a tenth of two-fold stalls shifts the plain fit much more."""
     samples = drawn_steps(5, 400, wild=0.1)

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 _ROUNDS_PER_COLUMN: Final = 6
-_OUTLIER_SPREADS: Final = 2.5
+_OUTLIER_SPREADS: Final = 1.5
+_SPREAD_MIN: Final = 1e-3  # relative; steps are not timed better
 
 
 def nonnegative(matrix: Array, target: Array) -> Array:
@@ -51,11 +52,12 @@ def _feasible(matrix: Array, target: Array, solution: Array, is_free: NDArray[np
     return np.zeros_like(solution)
 
 
-def robust_nonnegative(matrix: Array, target: Array, rounds: int = 8) -> Array:
-    """`nonnegative` on relative errors, with rows far from the fit counted less (Huber's weights).
+def robust_nonnegative(matrix: Array, target: Array, rounds: int = 12) -> Array:
+    """`nonnegative` on relative errors of times, where some are too long: a busy machine only ever slows.
 
-    All targets must be positive. The spread is judged by the median, so that a fifth of wild rows, as a busy
-    neighbour makes them, moves the fit little.
+    The spread is judged by the times below the fit, which no neighbour made. Beyond it, times below count
+    less (Huber's weights), and times above much less (their square), so that a third of the steps may be
+    stalled several-fold and still move the fit by little. All targets must be positive.
     """
     assert (target > 0.0).all() and len(target) == len(matrix)
     relative = matrix / target[:, None]
@@ -64,7 +66,11 @@ def robust_nonnegative(matrix: Array, target: Array, rounds: int = 8) -> Array:
     for _ in range(rounds):
         root = np.sqrt(weight)
         solution = nonnegative(relative * root[:, None], root)
-        residual = np.abs(relative @ solution - 1.0)
-        spread = _OUTLIER_SPREADS * max(1e-4, float(np.median(residual)) / 0.6745)
-        weight = np.minimum(1.0, spread / np.maximum(residual, 1e-12))
+        excess = relative @ solution - 1.0  # above 0: faster than predicted
+        faster = excess[excess > 0.0]
+        spread = _OUTLIER_SPREADS * max(
+            _SPREAD_MIN, float(np.median(faster)) / 0.6745 if faster.size else 0.0
+        )
+        weight = np.minimum(1.0, spread / np.maximum(np.abs(excess), 1e-12))
+        weight = np.where(excess < 0.0, weight * weight, weight)
     return solution
