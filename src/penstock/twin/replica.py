@@ -18,12 +18,15 @@ from penstock.core.request import Request
 from penstock.core.settings import Settings
 from penstock.desk import Capacity, Desk
 from penstock.policies.stack import make_stack
-from penstock.replica.limits import ReplicaLimits
+from penstock.replica.limits import ReplicaLimits, check_feasible
 from penstock.replica.replica import Replica
 from penstock.twin.costs.model import CostModel
 from penstock.twin.executor import Gaps, ModelledExecutor
+from penstock.twin.sampling import POINTS_MAX, Sampler
 
 OnOutcome = Callable[[RequestOutcome], None]
+
+_NEVER = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +47,13 @@ class TwinReplica:
         cost: CostModel,
         path: PathCosts,
         on_outcome: OnOutcome,
+        points_max: int = POINTS_MAX,
     ) -> None:
         capacity = Capacity(
             limits.context_len_max, limits.kv_block_tokens, limits.kv_blocks, limits.running_max
         )
         self.replica = Replica(limits, make_stack(settings.policies))
+        self.sampler = Sampler(points_max)
         self.output_lens: dict[str, int] = {}
         self.executor = ModelledExecutor(cost, self.output_lens)
         self._desk = Desk(settings.desk, capacity)
@@ -61,10 +66,18 @@ class TwinReplica:
     def now_s(self) -> float:
         return self.executor.now_s
 
+    @property
+    def next_s(self) -> float:
+        """When it acts next, as far as is known: now while it has work, never while it is empty."""
+        if self.replica.has_work:
+            return self.executor.now_s
+        return max(self.executor.now_s, self._inbox[0][0]) if self._inbox else _NEVER
+
     def arrive(self, request: Request) -> None:
         """A request at its own arrival time; arrivals come in order. Refusals are outcomes as well."""
         self.advance(request.arrival_s)
         try:
+            check_feasible(request, self.replica.limits)
             self._desk.enter([request])
         except PenstockError as error:
             self._on_outcome(_refused(request, error))
@@ -74,24 +87,33 @@ class TwinReplica:
 
     def advance(self, until_s: float) -> None:
         """Make steps until the clock is at or past `until_s`; an idle replica jumps there."""
-        executor, replica = self.executor, self.replica
-        while True:
-            while self._inbox and self._inbox[0][0] <= executor.now_s:
-                replica.submit(self._inbox.popleft()[1], executor.now_s)
-            next_s = self._inbox[0][0] if self._inbox else until_s
-            if executor.now_s >= until_s:
-                return
-            if not replica.has_work:
-                executor.now_s = min(next_s, until_s)
-                continue
-            executor.horizon_s = min(next_s, until_s)
-            self._step()
+        executor = self.executor
+        while executor.now_s < until_s:
+            self.proceed(until_s)
+
+    def proceed(self, until_s: float) -> None:
+        """One step, or a leap that ends by itself with the first end of a request or at `until_s`.
+
+        An idle replica jumps to what is on its way to it, or to `until_s` where that is earlier.
+        """
+        executor, replica, inbox = self.executor, self.replica, self._inbox
+        while inbox and inbox[0][0] <= executor.now_s:
+            replica.submit(inbox.popleft()[1], executor.now_s)
+        next_s = min(inbox[0][0], until_s) if inbox else until_s
+        if not replica.has_work:
+            self._sample()  # else the last sample would show work for as long as it is idle
+            executor.now_s = next_s
+            return
+        executor.horizon_s = next_s
+        self._step()
+        if executor.now_s >= self.sampler.due_s:
+            self._sample()
 
     def finish(self) -> None:
         """Serve everything that is inside."""
         while self._inside:
-            next_s = self._inbox[0][0] if self._inbox else float("inf")
-            self.advance(min(next_s, self.executor.now_s + 3600.0))
+            self.proceed(_NEVER)
+        self._sample()
 
     def _step(self) -> None:
         executor = self.executor
@@ -102,6 +124,13 @@ class TwinReplica:
         for event in self.replica.complete(plan, result, executor.now_s):
             if type(event) is Finished:
                 self._finished(event)
+
+    def _sample(self) -> None:
+        replica = self.replica
+        stats = replica.stats()
+        waiting = stats.waiting + self._desk.waiting_count + len(self._inbox)
+        kv_frac = stats.kv_blocks_used / replica.block_count
+        self.sampler.take(self.executor.now_s, stats.running, waiting, kv_frac)
 
     def _finished(self, event: Finished) -> None:
         request = self._inside.pop(event.request_id)

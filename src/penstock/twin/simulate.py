@@ -1,20 +1,40 @@
 """A trace through the twin: the counterpart of `workloads/replay.py`, in virtual time.
 
 Open loop: requests are dealt to the replicas in turn, and a replica is only advanced when something
-reaches it, so that the cost of a request does not depend on the number of replicas.
+reaches it, so that the cost of a request does not depend on the number of replicas. Where answers decide
+what is sent next (sessions, or a cap on requests in flight), `closed_loop` serves instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from penstock.core.metrics import RequestOutcome
 from penstock.core.request import Request
 from penstock.core.settings import Settings
 from penstock.replica.limits import ReplicaLimits
+from penstock.twin.closed_loop import ClosedLoop
 from penstock.twin.costs.model import CostModel
 from penstock.twin.replica import PathCosts, TwinReplica
+from penstock.twin.requests import RequestMaker
+from penstock.twin.sampling import fleet_series, points_each
+from penstock.workloads.server_metrics import ServerSeries
+from penstock.workloads.sessions import RecordedOrder, SessionLoop
 from penstock.workloads.trace import TraceRow
+
+
+@dataclass(frozen=True, slots=True)
+class Clients:
+    """How those who ask behave; the same words as the options of `penstock replay`."""
+
+    closed_loop: bool = False  # a session's next turn waits for its answer and for think time
+    rate_scale: float = 1.0  # what the rows' arrivals were divided by already, for think times
+    concurrency_max: int | None = None  # most requests in flight; None: no cap
+
+    @property
+    def is_open(self) -> bool:
+        return not self.closed_loop and self.concurrency_max is None
 
 
 def simulate(
@@ -26,13 +46,26 @@ def simulate(
     *,
     replicas: int = 1,
     path: PathCosts | None = None,
+    clients: Clients | None = None,
 ) -> list[TwinReplica]:
     """Serve `rows` (in time order) on `replicas`; every request ends in one outcome. Returns the replicas.
 
-    Deterministic, and independent of wall time. Outcomes come in order of finishing on each replica.
+    Deterministic, and independent of wall time. Outcomes come in order of finishing on each replica. A row
+    that failed in the trace is not sent.
     """
-    path = path or PathCosts()
-    fleet = [TwinReplica(settings, limits, cost, path, on_outcome) for _ in range(replicas)]
+    path, clients = path or PathCosts(), clients or Clients()
+    points = points_each(replicas)
+    if not clients.is_open:
+        turns = SessionLoop(rows, clients.rate_scale) if clients.closed_loop else RecordedOrder(rows)
+        loop = ClosedLoop(turns, RequestMaker(limits.kv_block_tokens), clients.concurrency_max, on_outcome)
+        fleet = [
+            TwinReplica(settings, limits, cost, path, loop.ended, points_max=points) for _ in range(replicas)
+        ]
+        loop.serve(fleet)
+        return fleet
+    fleet = [
+        TwinReplica(settings, limits, cost, path, on_outcome, points_max=points) for _ in range(replicas)
+    ]
     for index, request in enumerate(requests_of(rows, limits.kv_block_tokens)):
         fleet[index % replicas].arrive(request)
     for replica in fleet:
@@ -41,31 +74,18 @@ def simulate(
 
 
 def requests_of(rows: Iterable[TraceRow], block_tokens: int) -> Iterator[Request]:
-    """What a replay of the rows would send: outputs of the recorded length, no failed rows."""
-    for index, row in enumerate(rows):
-        if row.failed:
-            continue
-        yield Request(
-            id=f"r{index}",
-            prompt_len=row.prompt_tokens,
-            max_output_tokens=row.output_tokens,
-            arrival_s=row.arrival_s,
-            block_keys=_block_keys(row, block_tokens),
-            tenant=row.tenant,
-            slo_class=row.slo_class,
-            session_id=row.session_id,
-        )
+    """What an open-loop replay of the rows would send."""
+    maker = RequestMaker(block_tokens)
+    for number, row in enumerate(row for row in rows if not row.failed):
+        yield maker.make(number, row, row.arrival_s)
 
 
-def _block_keys(row: TraceRow, block_tokens: int) -> list[bytes] | None:
-    """Keys of the prompt's full KV blocks, out of the trace's larger (or equal) content blocks."""
-    if row.block_hashes is None or row.block_tokens % block_tokens:
-        return None
-    per_hash = row.block_tokens // block_tokens
-    full_blocks = row.prompt_tokens // block_tokens
-    keys = [
-        content.to_bytes(8, "big", signed=True) + part.to_bytes(4, "big")
-        for content in row.block_hashes
-        for part in range(per_hash)
-    ]
-    return keys[:full_blocks]
+def series_of(fleet: list[TwinReplica]) -> ServerSeries:
+    """Running, waiting and KV use of all replicas over virtual time, and the growth of their counters."""
+    stats = [twin.replica.stats() for twin in fleet]
+    counters = {
+        "prefix_query_tokens": float(sum(each.prefix_query_tokens_total for each in stats)),
+        "prefix_hit_tokens": float(sum(each.prefix_hit_tokens_total for each in stats)),
+        "preemptions": float(sum(each.preemptions_total for each in stats)),
+    }
+    return fleet_series([twin.sampler.series for twin in fleet], counters)

@@ -53,7 +53,7 @@ class PromptMaker:
     def __init__(self, seed: int, token_range: TokenRange | None = None) -> None:
         self._seed = seed
         self._range = token_range or TokenRange()
-        self._sessions: dict[str, _SessionStream] = {}
+        self._sessions = SessionStreams()
 
     def token_ids(self, index: int, row: TraceRow) -> list[int]:
         """Exactly `row.prompt_tokens` ids; `index` is the row's number in the replay. Changes state."""
@@ -72,7 +72,7 @@ class PromptMaker:
         if row.block_hashes and row.block_tokens:
             return self._draws_of_blocks(row.block_hashes, row.block_tokens, count)
         if row.session_id is not None:
-            stream = self._session_stream(row.session_id, index, count)
+            stream = self._sessions.number(row.session_id, index, count)
             return _draw(self._key("session", row.session_id, stream), count)
         return _draw(self._key("row", index), count)
 
@@ -82,10 +82,21 @@ class PromptMaker:
         assert missing <= 0, "readers and shapes keep ceil(prompt / block) block ids"
         return np.concatenate(parts)[:count]
 
-    def _session_stream(self, session_id: str, index: int, count: int) -> int:
-        """Which stream of the session this turn reads; a new one when it does not grow.
+    def _key(self, *parts: str | int) -> int:
+        text = repr((self._seed, *parts)).encode()
+        return int.from_bytes(blake2b(text, digest_size=8).digest(), "little")
 
-        Asking again for the same row gives the same answer.
+
+class SessionStreams:
+    """Which stream of its session a turn reads, for the last million of sessions; the twin asks too."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[str, _SessionStream] = {}
+
+    def number(self, session_id: str, index: int, count: int) -> int:
+        """The stream's number for the turn `index` of `count` tokens; a new one when it does not grow.
+
+        Changes state; asking again for the same turn gives the same answer.
         """
         last = self._sessions.pop(session_id, None)
         if last is not None and last.index == index:
@@ -96,10 +107,6 @@ class PromptMaker:
         if len(self._sessions) > SESSIONS_TRACKED_MAX:
             del self._sessions[next(iter(self._sessions))]
         return number
-
-    def _key(self, *parts: str | int) -> int:
-        text = repr((self._seed, *parts)).encode()
-        return int.from_bytes(blake2b(text, digest_size=8).digest(), "little")
 
 
 @dataclass(slots=True)
