@@ -53,11 +53,17 @@ class Engine:
     info: ReplicaInfo
 
 
-def build_engine(settings: Settings, source: ModelFiles, model_name: str, stages: Stages) -> Engine:
+def build_engine(
+    settings: Settings,
+    source: ModelFiles,
+    model_name: str,
+    stages: Stages,
+    threads: Threads | None = None,
+) -> Engine:
     """Load everything. Raises ModelError, ConfigError or EnvironmentMissing."""
     replica = settings.replica
     device = choose_device(replica.device)
-    threads = Threads(choose_threads(replica.threads))
+    threads = threads or Threads(choose_threads(replica.threads))
     with stages.timed("weights"):
         checkpoint = open_checkpoint(source)
         config = checkpoint.config

@@ -5,8 +5,8 @@
                ◄── StepReport a step ──────  events and stats
 
 A process, not a thread: an engine step makes thousands of short torch calls, each of which would compete
-with the event loop for the interpreter lock (measured in docs/engine.md). The loop takes its inbox between
-steps, so a cancel frees its slot within one step.
+with the event loop for the interpreter lock (measured by benchmarks/process.py). The loop takes its inbox
+between steps, so a cancel frees its slot within one step.
 """
 
 from __future__ import annotations
