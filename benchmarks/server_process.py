@@ -24,7 +24,7 @@ from penstock.core.config import ENV_OTHER, ENV_PREFIX, environment_name
 
 START_TIMEOUT_S = 120.0  # the model may have to be fetched first
 STOP_TIMEOUT_S = 60.0
-REQUEST_TIMEOUT_S = 60.0
+REQUEST_TIMEOUT_S = 120.0  # generous: a machine may be busy with other things
 POLL_S = 0.02
 ENGINE_MARK = "spawn_main"  # in the engine process's command line, and not in its resource tracker's
 

@@ -122,8 +122,9 @@ def test_a_client_that_never_reads(serve: StartServer) -> None:
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.connect((url.host, url.port))
-        wide = {**GOOD, "max_tokens": 2600, "logprobs": 20, "stream": True, "n": 2}
-        payload = json.dumps(wide).encode()
+        # The scores of the echoed prompts are ten megabytes: more than a kernel holds for a connection.
+        wide = {**GOOD, "prompt": [5] * 2500, "echo": True, "logprobs": 20, "n": 8, "max_tokens": 50}
+        payload = json.dumps({**wide, "stream": True}).encode()
         head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(payload)}\r\n\r\n"
         sock.sendall(head.encode() + payload)
         wait_until(lambda: "slow_client" in str(server.metrics()), "it is cancelled")
