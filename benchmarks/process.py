@@ -34,8 +34,9 @@ from penstock.engine.link import EngineLink
 from penstock.engine.threads import wait_asleep
 from penstock.gateway.app import create_app
 from penstock.gateway.server import GatewayServer, bind, url_of
-from penstock.models.catalogue import ModelSource, resolve
+from penstock.models.catalogue import resolve
 from penstock.models.chat import ChatTemplate
+from penstock.models.source import ModelSource
 from penstock.models.tokenizer import Tokenizer
 from penstock.policies.stack import make_stack
 from penstock.replica.messages import ReplicaDied, ReplicaInfo, ReplicaLink, StepReport
