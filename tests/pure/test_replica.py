@@ -226,7 +226,18 @@ def test_cancel_while_the_step_runs() -> None:
     replica.cancel("a", CancelReason.ADMIN, 0.5)
     events = replica.complete(plan, executor.execute(plan), 1.0)
     assert outputs(events).keys() == {"b"}
+    assert {event.request_id for event in events} == {"b"}, "the cancel was the last word on it"
     assert outputs(run(replica, executor, now_s=1.0)).keys() == {"b"}
+
+
+def test_a_cancelled_head_holds_up_nobody_behind_a_standing_plan() -> None:
+    replica, executor = make_replica(kv_blocks=10), FakeExecutor(4)
+    for asked in (request("runs", 6, 20), request("too-big-now", 36, 1), request("small", 4, 1)):
+        replica.submit(asked, 0.0)
+    run(replica, executor, steps=3)
+    assert executor.plans[-1].repeat > 1 and replica.stats().waiting == 2
+    replica.cancel("too-big-now", CancelReason.ADMIN, 3.0)
+    assert outputs(run(replica, executor, steps=1, now_s=3.0)).keys() == {"runs", "small"}
 
 
 def test_a_broken_executor_answers_everything() -> None:

@@ -131,6 +131,7 @@ class Replica:
             return None
         if not sequence.running:
             self._waiting.remove(sequence)
+            self._standing_steps = 0  # whom it held up may start with the next step
         finish = FinishReason.STOP if reason is CancelReason.STOP_STRING else FinishReason.CANCELLED
         return self._finish(sequence, finish, now_s, detail=reason.value)
 
@@ -161,7 +162,9 @@ class Replica:
         assert 1 <= result.steps <= plan.repeat
         self._outstanding = None
         self._now_s = now_s
-        events, self._events = self._events, []
+        # Who was cancelled while the step ran has been told its last event
+        events: list[ReplicaEvent] = [e for e in self._events if e.request_id in self._by_request]
+        self._events = []
         ends: _Ends = {}
         if plan.decode_count:
             self._advance_decodes(plan, result, events, ends, now_s)
