@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from penstock.cli.machine import (
+    OUTPUT,
+    CapOption,
+    ClosedLoopOption,
+    E2eOption,
+    EngineOption,
+    HardwareOption,
+    KvOption,
+    OutputMaxOption,
+    ParallelOption,
+    PromptMaxOption,
+    ReplicasOption,
+    RunningOption,
+    StepOption,
+    TpotOption,
+    TtftOption,
+    WarmupOption,
+)
 from penstock.cli.settings import ConfigOption, read_settings
 from penstock.cli.trace import (
     DivisorOption,
@@ -27,9 +46,11 @@ if TYPE_CHECKING:
     from penstock.core.metrics import RequestOutcome, Slo
     from penstock.core.settings import Settings
     from penstock.twin.build import Machine
+    from penstock.twin.feasible import TraceFacts
     from penstock.twin.replica import TwinReplica
+    from penstock.twin.simulate import Clients
     from penstock.workloads.report import Report
-    from penstock.workloads.shape import Shape, ShapeCounts
+    from penstock.workloads.shape import Shape
     from penstock.workloads.source import Trace
 
 _HELP = """Serve a trace in the twin: the same desk, policies and KV accounting, on modelled time.
@@ -45,8 +66,6 @@ _EPILOG = """Examples:
     penstock simulate yesterday.jsonl --config penstock.toml --preset vllm-v0 --out report
 """
 
-_LOAD, _MACHINE, _SLO, _OUTPUT = "Load", "Machine", "SLO (0 turns a target off)", "Output"
-
 
 def register(app: typer.Typer) -> None:
     app.command("simulate", help=_HELP, epilog=_EPILOG)(simulate)
@@ -59,27 +78,13 @@ def simulate(
         str | None, typer.Option("--model", "-m", help="As in `serve`; only its configuration is read.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="A named policy stack.")] = None,
-    hardware: Annotated[
-        str, typer.Option(help="A shipped profile, or a file by `calibrate`.", rich_help_panel=_MACHINE)
-    ] = "cpu-2core",
-    engine: Annotated[
-        str, typer.Option(help="Overheads of which engine.", rich_help_panel=_MACHINE)
-    ] = "penstock-cpu",
-    tensor_parallel: Annotated[
-        int, typer.Option(min=1, help="Devices that share each layer.", rich_help_panel=_MACHINE)
-    ] = 1,
-    replicas: Annotated[
-        int, typer.Option(min=1, max=4096, help="Dealt to in turn.", rich_help_panel=_MACHINE)
-    ] = 1,
-    kv_memory: Annotated[
-        str | None, typer.Option(help="KV pool size, for example `2GiB`.", rich_help_panel=_MACHINE)
-    ] = None,
-    running_max: Annotated[
-        int | None, typer.Option(help="Sequences that may run at once.", rich_help_panel=_MACHINE)
-    ] = None,
-    step_tokens: Annotated[
-        int | None, typer.Option(help="Token budget of one step.", rich_help_panel=_MACHINE)
-    ] = None,
+    hardware: HardwareOption = "cpu-2core",
+    engine: EngineOption = "penstock-cpu",
+    tensor_parallel: ParallelOption = 1,
+    replicas: ReplicasOption = 1,
+    kv_memory: KvOption = None,
+    running_max: RunningOption = None,
+    step_tokens: StepOption = None,
     format: FormatOption = None,
     sort: SortOption = False,
     spread_s: SpreadOption = 0.0,
@@ -87,25 +92,21 @@ def simulate(
     limit: LimitOption = None,
     rate_scale: RateScaleOption = 1.0,
     time_scale: TimeScaleOption = 1.0,
-    warmup_s: Annotated[
-        float, typer.Option(min=0, help="Leave the first seconds out.", rich_help_panel=_LOAD)
-    ] = 0.0,
+    warmup_s: WarmupOption = 0.0,
+    closed_loop: ClosedLoopOption = False,
+    concurrency_max: CapOption = None,
     length_divisor: DivisorOption = 1.0,
-    max_prompt_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Cut longer prompts.", rich_help_panel=_LOAD)
-    ] = None,
-    max_output_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Cut longer outputs.", rich_help_panel=_LOAD)
-    ] = None,
-    slo_ttft_ms: Annotated[float, typer.Option(min=0, rich_help_panel=_SLO)] = 1000.0,
-    slo_tpot_ms: Annotated[float, typer.Option(min=0, rich_help_panel=_SLO)] = 100.0,
-    slo_e2e_ms: Annotated[float, typer.Option(min=0, rich_help_panel=_SLO)] = 0.0,
+    max_prompt_tokens: PromptMaxOption = None,
+    max_output_tokens: OutputMaxOption = None,
+    slo_ttft_ms: TtftOption = 1000.0,
+    slo_tpot_ms: TpotOption = 100.0,
+    slo_e2e_ms: E2eOption = 0.0,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for report.html, report.json and requests.jsonl.", rich_help_panel=_OUTPUT),
+        typer.Option(help="Folder for report.html, report.json and requests.jsonl.", rich_help_panel=OUTPUT),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the report as JSON.", rich_help_panel=_OUTPUT)
+        bool, typer.Option("--json", help="Print the report as JSON.", rich_help_panel=OUTPUT)
     ] = False,
 ) -> None:
     from penstock.core.metrics import Slo
@@ -113,6 +114,8 @@ def simulate(
     from penstock.models.config import load_config
     from penstock.twin.build import limits_of, machine_of
     from penstock.twin.costs.spec import Parallel
+    from penstock.twin.feasible import infeasible_targets, look_at
+    from penstock.twin.simulate import Clients
     from penstock.twin.simulate import simulate as run_twin
     from penstock.workloads.shape import Shape, ShapeCounts, parse_window, shaped
     from penstock.workloads.source import ReadOptions, open_trace
@@ -140,41 +143,60 @@ def simulate(
         max_prompt_tokens,
         max_output_tokens,
     )
+    facts, easiest = look_at(shaped(rows, shape, ShapeCounts()), limits)
+    slo = Slo(slo_ttft_ms or None, slo_tpot_ms or None, slo_e2e_ms or None)
+    slos = settings.slo or dict.fromkeys(easiest, slo)
+    hopeless = [str(each) for each in infeasible_targets(easiest, slos, settings, limits, machine.cost)]
+    for sentence in hopeless:
+        print(f"infeasible: {sentence}", file=sys.stderr)
     counts = ShapeCounts()
     outcomes: list[RequestOutcome] = []
+    clients = Clients(closed_loop, rate_scale, concurrency_max)
     fleet = run_twin(
-        shaped(rows, shape, counts), settings, limits, machine.cost, outcomes.append, replicas=replicas
+        shaped(rows, shape, counts),
+        settings,
+        limits,
+        machine.cost,
+        outcomes.append,
+        replicas=replicas,
+        clients=clients,
     )
-    slo = Slo(slo_ttft_ms or None, slo_tpot_ms or None, slo_e2e_ms or None)
-    report = _report(rows, shape, counts, settings, machine, fleet, outcomes, slo, warmup_s)
+    notes = [*hopeless, *notes_of(machine, fleet, facts)]
+    report = _report(rows.name, _configuration(rows, shape, settings, machine, fleet, clients), fleet,
+                     outcomes, slos, warmup_s, notes)  # fmt: skip
     _show(report, outcomes, out, as_json)
 
 
-def _report(
-    trace: Trace,
-    shape: Shape,
-    counts: ShapeCounts,
-    settings: Settings,
-    machine: Machine,
-    fleet: Sequence[TwinReplica],
-    outcomes: Sequence[RequestOutcome],
-    slo: Slo,
-    warmup_s: float,
-) -> Report:
-    from dataclasses import asdict
-
-    from penstock.workloads.report import Report, ReportInput
-
-    classes = {outcome.slo_class for outcome in outcomes}
+def notes_of(machine: Machine, fleet: Sequence[TwinReplica], facts: TraceFacts) -> list[str]:
+    """What to know before believing the numbers."""
     notes = [f"modelled: each step's time has an error of about ±{machine.cost.relative_error:.0%}"]
     beyond = sum(twin.executor.steps_out_of_range for twin in fleet)
     if beyond:
         notes.append(
             f"{beyond} times a step went beyond what the profile was calibrated on: less sure than stated"
         )
-    if counts.failed:
-        notes.append(f"{counts.failed} requests that failed in the trace were left out")
-    configuration: dict[str, Any] = {
+    if facts.never_fit:
+        notes.append(
+            f"{facts.never_fit} of {facts.rows} requests can never run here, and were refused. The first: "
+            + facts.never_fit_reason
+        )
+    if facts.failed:
+        notes.append(f"{facts.failed} requests that failed in the trace were left out")
+    return notes
+
+
+def _configuration(
+    trace: Trace,
+    shape: Shape,
+    settings: Settings,
+    machine: Machine,
+    fleet: Sequence[TwinReplica],
+    clients: Clients,
+) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    limits = fleet[0].replica.limits
+    return {
         "trace": trace.name,
         "machine": machine.name,
         "model": settings.model,
@@ -182,20 +204,36 @@ def _report(
         "rate_scale": shape.rate_scale,
         "time_scale": shape.time_scale,
         "length_divisor": shape.length_divisor,
+        "loop": "closed" if clients.closed_loop else "open",
+        "concurrency_max": clients.concurrency_max,
         **{f"policies.{slot}": name for slot, name in asdict(settings.policies).items()},
-        "kv_blocks": fleet[0].replica.limits.kv_blocks,
-        "running_max": fleet[0].replica.limits.running_max,
-        "step_tokens": fleet[0].replica.limits.step_tokens_max,
-        "preemptions": sum(twin.replica.stats().preemptions_total for twin in fleet),
+        "kv_blocks": limits.kv_blocks,
+        "running_max": limits.running_max,
+        "step_tokens": limits.step_tokens_max,
         "steps": sum(twin.executor.steps for twin in fleet),
     }
+
+
+def _report(
+    title: str,
+    configuration: dict[str, Any],
+    fleet: list[TwinReplica],
+    outcomes: Sequence[RequestOutcome],
+    slos: dict[str, Slo],
+    warmup_s: float,
+    notes: list[str],
+) -> Report:
+    from penstock.twin.simulate import series_of
+    from penstock.workloads.report import Report, ReportInput
+
     return Report.build(
         ReportInput(
             kind="simulate",
-            title=trace.name,
+            title=title,
             outcomes=outcomes,
-            slos=dict.fromkeys(classes, slo) if not settings.slo else settings.slo,
+            slos=slos,
             warmup_s=warmup_s,
+            server=series_of(fleet),
             configuration=configuration,
             notes=notes,
         )

@@ -31,6 +31,7 @@
     │   ├── ModelFileDamaged        truncated, lying or malformed file
     │   └── ModelUnsupported        architecture or tensor type we do not implement
     ├── TraceError              a workload trace cannot be read
+    ├── SloInfeasible           a target that no single request can meet on this hardware
     └── EnvironmentMissing      a package, device or file this command needs is absent
 
 An assertion in this code base marks a bug of ours; one of these marks the world's. Each carries a
@@ -260,6 +261,10 @@ class ModelUnsupported(ModelError):
 
 class TraceError(PenstockError):
     """A workload trace cannot be read."""
+
+
+class SloInfeasible(PenstockError):
+    """A latency target that one request alone misses on the given hardware."""
 
 
 class EnvironmentMissing(PenstockError):

@@ -38,7 +38,7 @@ class Marker:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """Lines over shared, ascending `xs`. A logarithmic x axis needs positive `xs`."""
+    """Lines over shared, ascending `xs`. A logarithmic axis needs positive values."""
 
     title: str
     subtitle: str
@@ -50,6 +50,7 @@ class Chart:
     y_max: float | None = None
     markers: Sequence[Marker] = ()
     width: int = MEDIUM
+    y_is_log: bool = False
 
 
 def render(chart: Chart) -> str:
@@ -57,7 +58,7 @@ def render(chart: Chart) -> str:
     values = [y for series in chart.series for y in series.ys if y is not None]
     if len(chart.xs) < 2 or not values:
         return _empty(chart)
-    axes = _Axes.of(chart, max(values))
+    axes = _Axes.of(chart, min(values), max(values))
     parts = [
         f'<svg viewBox="0 0 {chart.width} {HEIGHT}" role="img" aria-label="{escape(chart.title)}">',
         _grid(chart, axes),
@@ -66,6 +67,16 @@ def render(chart: Chart) -> str:
         f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg>',
     ]
     return _figure(chart, "".join(parts) + _tooltip_data(chart, axes))
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten (and 2 and 5 times them, where few) from at or below `low` to at or above `high`."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 2, 5) if len(powers) <= 3 else (1,)
+    ticks = [factor * 10.0**power for power in powers for factor in factors]
+    first = max((tick for tick in ticks if tick <= low * 1.0001), default=ticks[0])
+    last = min((tick for tick in ticks if tick >= high * 0.9999), default=ticks[-1])
+    return [tick for tick in ticks if first <= tick <= last]
 
 
 def nice_ticks(high: float, count: int = 4) -> list[float]:
@@ -83,9 +94,10 @@ class _Axes:
     x_is_log: bool
     width: int
     y_ticks: tuple[float, ...]
+    y_is_log: bool = False
 
     @classmethod
-    def of(cls, chart: Chart, y_high: float) -> _Axes:
+    def of(cls, chart: Chart, y_low: float, y_high: float) -> _Axes:
         high = chart.y_max or (y_high if y_high > _SMALLEST else 1.0)
         ends = [chart.xs[0], chart.xs[-1]]
         if chart.x_is_log:
@@ -95,7 +107,8 @@ class _Axes:
         low_x, high_x = min(ends), max(ends)
         if low_x == high_x:
             high_x = low_x * 1.1 if chart.x_is_log else low_x + 1
-        return cls(low_x, high_x, chart.x_is_log, chart.width, tuple(nice_ticks(high)))
+        ticks = log_ticks(max(y_low, _SMALLEST), high * 1.01) if chart.y_is_log else nice_ticks(high)
+        return cls(low_x, high_x, chart.x_is_log, chart.width, tuple(ticks), chart.y_is_log)
 
     def px(self, x: float) -> float:
         if self.x_is_log:
@@ -105,7 +118,9 @@ class _Axes:
         return LEFT + min(1.0, max(0.0, share)) * (self.width - LEFT - RIGHT)
 
     def py(self, y: float) -> float:
-        return HEIGHT - BOTTOM - min(1.0, y / self.y_ticks[-1]) * (HEIGHT - TOP - BOTTOM)
+        low, high = self.y_ticks[0], self.y_ticks[-1]
+        share = math.log(max(y, low) / low) / math.log(high / low) if self.y_is_log else y / high
+        return HEIGHT - BOTTOM - min(1.0, share) * (HEIGHT - TOP - BOTTOM)
 
     def x_ticks(self) -> list[float]:
         if not self.x_is_log:

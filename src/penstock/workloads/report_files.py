@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
 from pathlib import Path
 
@@ -22,11 +22,22 @@ def write_files(
     """
     sent = repeat(None) if sent_s is None else sent_s
     rows = (outcome_row(outcome, at_s) for outcome, at_s in zip(outcomes, sent, strict=False))
+    write_texts(
+        out,
+        {
+            "report.json": [json.dumps(report.to_json(), indent=1, allow_nan=False), "\n"],
+            "report.html": [report_html.render(report)],
+            "requests.jsonl": (json.dumps(row) + "\n" for row in rows),
+        },
+    )
+
+
+def write_texts(out: Path, files: Mapping[str, Iterable[str]]) -> None:
+    """Name → pieces of text, each file whole or not at all. Raises EnvironmentMissing."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _replace(out / "report.json", [json.dumps(report.to_json(), indent=1, allow_nan=False), "\n"])
-        _replace(out / "report.html", [report_html.render(report)])
-        _replace(out / "requests.jsonl", (json.dumps(row) + "\n" for row in rows))
+        for name, parts in files.items():
+            _replace(out / name, parts)
     except OSError as problem:
         raise EnvironmentMissing(
             f"the report cannot be written to `{out}`: {problem.strerror or problem}.",

@@ -27,32 +27,43 @@ def render(report: Report) -> str:
         (
             _header(report),
             _tiles(report),
-            _section("Load", _pair(_arrivals_chart(report), _output_chart(report))),
-            _section("Latency", _latency_table(report), _trio(report), _ttft_over_time(report)),
+            section("Load", pair(_arrivals_chart(report), _output_chart(report))),
+            section("Latency", _latency_table(report), _trio(report), _ttft_over_time(report)),
             _slo_section(report),
             _server_section(report),
-            _section("Losses", _losses_table(report)) if report.requests.errors else "",
-            _section("How this was measured", _facts_table(report)),
+            section("Losses", _losses_table(report)) if report.requests.errors else "",
+            section("How this was measured", _facts_table(report)),
         )
     )
-    title = escape(f"{report.title} - penstock {report.kind}")
+    return page(f"{report.title} - penstock {report.kind}", body)
+
+
+def page(title: str, body: str) -> str:
+    """A whole document around `body`, which is HTML already; `title` is escaped here."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{CSS}</style></head><body><main>{body}"
+        f"<title>{escape(title)}</title><style>{CSS}</style></head><body><main>{body}"
         f"<footer>Penstock {escape(__version__)}. {_DEFINITIONS}</footer>"
         f"</main><script>{SCRIPT}</script></body></html>\n"
     )
 
 
-def _section(title: str, *parts: str) -> str:
+def section(title: str, *parts: str) -> str:
+    """A heading and what stands under it; empty parts leave no gap."""
     spaced = '<div style="height:12px"></div>'.join(part for part in parts if part)
     return f"<section><h2>{escape(title)}</h2>{spaced}</section>"
 
 
-def _pair(*figures: str) -> str:
+def pair(*figures: str) -> str:
+    """Figures two in a row."""
     return f'<div class="pair">{"".join(figures)}</div>'
+
+
+def trio(*figures: str) -> str:
+    """Figures three in a row; they are `charts.SMALL` wide."""
+    return f'<div class="trio">{"".join(figures)}</div>'
 
 
 def _header(report: Report) -> str:
@@ -196,7 +207,7 @@ def _trio(report: Report) -> str:
         _cdf_chart(f"{_LATENCY_NAMES[key]} distribution", subtitle, report.cdf_ms[key], targets[key])
         for key, subtitle in subtitles.items()
     )
-    return f'<div class="trio">{"".join(figures)}</div>'
+    return trio(*figures)
 
 
 def _cdf_chart(title: str, subtitle: str, values_ms: Sequence[float], target_ms: float | None) -> str:
@@ -225,14 +236,14 @@ def _latency_table(report: Report) -> str:
         if summary is not None:
             values = (summary.mean, summary.p50, summary.p90, summary.p95, summary.p99, summary.max)
             rows.append([name, *map(wording.milliseconds, values), str(summary.count)])
-    return _table(("", "mean", "p50", "p90", "p95", "p99", "max", "samples"), rows) if rows else ""
+    return table(("", "mean", "p50", "p90", "p95", "p99", "max", "samples"), rows) if rows else ""
 
 
 def _slo_section(report: Report) -> str:
     if not report.classes:
         return ""
     bars = "".join(_class_bars(item) for item in report.classes)
-    return _section("SLO attainment", f'<div class="card bars">{bars}</div>')
+    return section("SLO attainment", f'<div class="card bars">{bars}</div>')
 
 
 def _class_bars(item: ClassAttainment) -> str:
@@ -283,19 +294,20 @@ def _server_section(report: Report) -> str:
         y_max=1.0,
         markers=_warmup_markers(report),
     )
-    return _section("Server", _pair(charts.render(queue), charts.render(kv)))
+    return section("Server", pair(charts.render(queue), charts.render(kv)))
 
 
 def _losses_table(report: Report) -> str:
     ranked = sorted(report.requests.errors.items(), key=lambda item: -item[1])
-    return _table(("error code", "requests"), [[code, str(count)] for code, count in ranked])
+    return table(("error code", "requests"), [[code, str(count)] for code, count in ranked])
 
 
 def _facts_table(report: Report) -> str:
-    return _table(None, [list(fact) for fact in facts(report)], kind="facts")
+    return table(None, [list(fact) for fact in facts(report)], kind="facts")
 
 
-def _table(head: Iterable[str] | None, rows: Iterable[Sequence[str]], kind: str = "") -> str:
+def table(head: Iterable[str] | None, rows: Iterable[Sequence[str]], kind: str = "") -> str:
+    """Cells are text, and escaped here."""
     parts = []
     if head is not None:
         parts.append("<tr>" + "".join(f"<th>{escape(name)}</th>" for name in head) + "</tr>")

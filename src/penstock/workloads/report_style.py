@@ -6,12 +6,14 @@ CSS = """
 :root {
   color-scheme: light dark;
   --page: #f6f7f9; --card: #ffffff; --ink: #14181f; --soft: #5b6472; --faint: #8a93a1; --rule: #e4e7ec;
-  --s1: #2563c9; --s2: #d9730d; --s3: #0f8a6d; --s4: #7a4fd0; --bad: #c8323c; --good: #1a8f5a;
+  --s1: #2563c9; --s2: #d9730d; --s3: #0f8a6d; --s4: #7a4fd0; --s5: #c22f78;
+  --s6: #6b7280; --bad: #c8323c; --good: #1a8f5a;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #0f1217; --card: #171b22; --ink: #e8ecf2; --soft: #a3adba; --faint: #76808e; --rule: #272d37;
-    --s1: #6aa2ff; --s2: #f5a04e; --s3: #3fc9a3; --s4: #b394f5; --bad: #ff6b74; --good: #4cc98d;
+    --s1: #6aa2ff; --s2: #f5a04e; --s3: #3fc9a3; --s4: #b394f5; --s5: #ff7eb6;
+    --s6: #a7b0bd; --bad: #ff6b74; --good: #4cc98d;
   }
 }
 * { box-sizing: border-box; }
@@ -53,7 +55,8 @@ figcaption p { margin: 0; color: var(--faint); font-size: 12.5px; }
 }
 .none { padding: 60px 0; text-align: center; color: var(--faint); }
 .s1 { --tone: var(--s1); } .s2 { --tone: var(--s2); } .s3 { --tone: var(--s3); } .s4 { --tone: var(--s4); }
-.lost { --tone: var(--bad); }
+.s5 { --tone: var(--s5); } .s6 { --tone: var(--s6); }
+.lost { --tone: var(--bad); } .gained { --tone: var(--good); }
 svg { display: block; width: 100%; height: auto; margin-top: 6px; }
 svg text { font-size: 11px; fill: var(--faint); }
 svg .grid { stroke: var(--rule); }
@@ -73,6 +76,9 @@ svg .cursor { stroke: var(--soft); stroke-width: 1; visibility: hidden; }
 .bar .track { height: 12px; border-radius: 6px; background: var(--rule); overflow: hidden; }
 .bar .fill { height: 100%; border-radius: 6px; background: var(--tone); }
 .bar .share { text-align: right; font-weight: 600; }
+.bar .parts { display: flex; justify-content: space-between; }
+.bar.wide { grid-template-columns: minmax(90px, 210px) 1fr 270px; }
+.bars h3 { margin-top: 12px; }
 .bar.part { font-size: 12.5px; color: var(--soft); }
 .bar.part .track { height: 7px; }
 .scroll { overflow-x: auto; }
