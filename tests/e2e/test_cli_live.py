@@ -8,6 +8,7 @@ import struct
 from pathlib import Path
 
 import pytest
+import torch
 from benchmarks.server_process import Ended, run_penstock, start_server
 from tiny_chat_model import CONTEXT_LEN, VOCAB, write_tiny_chat_model
 
@@ -107,7 +108,9 @@ def test_kv_memory_that_cannot_be(tiny_folder: Path, size: str) -> None:
 
 
 def test_a_device_that_is_not_there(tiny_folder: Path) -> None:
-    assert_refused(serve(tiny_folder, "--device", "abacus"), ENVIRONMENT, "abacus", "cpu")
+    assert_refused(serve(tiny_folder, "--device", "abacus"), USAGE, "abacus", "cpu")
+    if not torch.cuda.is_available():
+        assert_refused(serve(tiny_folder, "--device", "cuda"), ENVIRONMENT, "no CUDA device", "cpu")
 
 
 def test_a_template_that_loops(tmp_path: Path) -> None:
