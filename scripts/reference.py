@@ -39,6 +39,7 @@ from penstock.core.reasons import (
     WaitReason,
 )
 from penstock.core.settings import Settings
+from penstock.core.step_trace import StepRecord
 from penstock.gateway.app import create_app
 from penstock.gateway.metrics import ALIAS, OURS, GatewayMetrics, PhaseSpans
 from penstock.policies.registry import Entry
@@ -258,7 +259,8 @@ def metrics_page() -> str:
 
 def metric_families() -> list[Metric]:
     """What a gateway exposes after everything that is counted has happened once."""
-    metrics = GatewayMetrics(_info(), {"chat": Slo(1.0, 1.0, 1.0)})
+    metrics = GatewayMetrics(_info(), {"chat": Slo(1.0, 1.0, 1.0)}, lambda record: record.total_s)
+    metrics.compare(StepRecord((), 1, 1, 1, 1.0))
     metrics.step(
         ReplicaStats(
             step_index=1,

@@ -104,6 +104,8 @@ def run_server(settings: Settings, ready_file: Path | None, as_json: bool) -> in
     from penstock.models.chat import ChatTemplate
     from penstock.models.tokenizer import Tokenizer
     from penstock.policies.stack import make_stack
+    from penstock.twin.costs.recorded import predictor_of
+    from penstock.workloads.recording import RequestLog
 
     # What can be wrong without a model is told before one is loaded: a policy's name, a taken port.
     make_stack(settings.policies)
@@ -111,22 +113,30 @@ def run_server(settings: Settings, ready_file: Path | None, as_json: bool) -> in
     with show_progress() as progress:
         source = resolve(settings.model, progress=progress)
     name = settings.served_model_name or source.name
+    predict_step = predictor_of(Path(settings.twin.profile)) if settings.twin.profile else None
+    recorder = None
+    if settings.record.requests:
+        recorder = RequestLog(Path(settings.record.requests), settings.replica.kv_block_tokens)
     link = EngineLink(settings, source, name)
     try:
         tokenizer = Tokenizer.load(source)
         template = ChatTemplate.load(source, tokenizer)
         info = link.wait_ready(_tell_stage)
-        app = create_app(link, tokenizer, template, settings)
+        app = create_app(link, tokenizer, template, settings, recorder=recorder, predict_step=predict_step)
 
         def on_ready(url: str) -> None:
             print(_summary_json(url, info) if as_json else _summary(url, info, source), flush=True)
             if ready_file is not None:
-                ready_file.write_text(url + "\n")
+                part = ready_file.with_name(f".{ready_file.name}.part")
+                part.write_text(url + "\n")
+                part.replace(ready_file)  # whoever waits for the file finds it whole
 
         return run_gateway(app, settings, sock=sock, on_ready=on_ready)
     finally:
         link.close(timeout_s=5.0)
         sock.close()
+        if recorder is not None:
+            recorder.close(timeout_s=30.0)
 
 
 def _require_extras() -> None:

@@ -25,13 +25,14 @@ from penstock.gateway import generate, plain
 from penstock.gateway import schema_out as out
 from penstock.gateway.convert import Served
 from penstock.gateway.dashboard import answer_dashboard
+from penstock.gateway.drift import PredictStep
 from penstock.gateway.edge import Edge
 from penstock.gateway.errors import error_response, from_http_exception
 from penstock.gateway.metrics import GatewayMetrics
 from penstock.gateway.openapi import BODY_ERRORS, GENERATION_ERRORS, complete, describe
 from penstock.gateway.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from penstock.gateway.state import Gateway
-from penstock.gateway.switchboard import OutcomeHook, Switchboard
+from penstock.gateway.switchboard import OutcomeHook, Recorder, Switchboard
 from penstock.gateway.text import MakeDetokenizer, Template, Tokenizer
 from penstock.models.detokenize import IncrementalDetokenizer
 from penstock.replica.messages import ReplicaInfo, ReplicaLink
@@ -46,14 +47,17 @@ def create_app(
     settings: Settings,
     *,
     on_outcome: OutcomeHook | None = None,
+    recorder: Recorder | None = None,
+    predict_step: PredictStep | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> FastAPI:
     """An application in front of one ready replica.
 
     `on_outcome` is called on the event loop with the outcome of every request and the request itself, once;
-    it must not block. The running parts are at `app.state.gateway`.
+    it must not block. `recorder` gets the same, and the output's tokens. `predict_step` is what the
+    engine's own steps are compared with. The running parts are at `app.state.gateway`.
     """
-    gateway = _make_gateway(link, tokenizer, template, settings, on_outcome, clock)
+    gateway = _make_gateway(link, tokenizer, template, settings, on_outcome, recorder, predict_step, clock)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -86,11 +90,13 @@ def _make_gateway(
     template: Template,
     settings: Settings,
     on_outcome: OutcomeHook | None,
+    recorder: Recorder | None,
+    predict_step: PredictStep | None,
     clock: Callable[[], float],
 ) -> Gateway:
     info = link.info
     served = _served(info, tokenizer, settings)
-    metrics = GatewayMetrics(info, settings.slo)
+    metrics = GatewayMetrics(info, settings.slo, predict_step)
     desk = Desk(settings.desk, served.capacity)
     return Gateway(
         settings=settings,
@@ -99,7 +105,7 @@ def _make_gateway(
         tokenizer=tokenizer,
         template=template,
         make_detokenizer=_detokenizer_maker(tokenizer),
-        switchboard=Switchboard(link, desk, settings.gateway, metrics, clock, on_outcome),
+        switchboard=Switchboard(link, desk, settings.gateway, metrics, clock, on_outcome, recorder),
         metrics=metrics,
         clock=clock,
         started_s=int(time.time()),

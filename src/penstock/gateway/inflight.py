@@ -64,6 +64,7 @@ class Progress:
     engine_last_s: float | None = None
     token_count: int = 0
     cached_tokens: int = 0
+    output: list[int] = field(default_factory=list)  # kept where somebody records, a stop token included
 
 
 class Choice:

@@ -24,6 +24,8 @@ from penstock.core.metrics import (
     Slo,
 )
 from penstock.core.reasons import CancelReason, ShedReason
+from penstock.core.step_trace import StepRecord
+from penstock.gateway.drift import PredictStep, StepDrift
 from penstock.replica.messages import ReplicaInfo, ReplicaStats
 
 OURS, ALIAS = "penstock:", "vllm:"
@@ -81,13 +83,18 @@ class EngineView:
     is_healthy: bool = True
     heartbeat_age_s: float = 0.0
     is_draining: bool = False
+    recorded: int = 0
+    record_dropped: int = 0
 
 
 class GatewayMetrics:
     """Counts what happens. Methods are cheap; nothing here blocks."""
 
-    def __init__(self, info: ReplicaInfo, slos: Mapping[str, Slo]) -> None:
+    def __init__(
+        self, info: ReplicaInfo, slos: Mapping[str, Slo], predict_step: PredictStep | None = None
+    ) -> None:
         self._slos = slos
+        self._drift = None if predict_step is None else StepDrift(predict_step)
         self._labels = {"model_name": info.model, "engine": info.engine}
         self.engine = EngineView(ReplicaStats())
         self._inner = CollectorRegistry(auto_describe=False)
@@ -117,6 +124,15 @@ class GatewayMetrics:
             self._step_tokens.observe(stats.step_tokens)
             self._step.observe(stats.step_s)
             self._schedule.observe(stats.schedule_s)
+
+    def compare(self, record: StepRecord) -> None:
+        """A step's work and time, against what the profile says of it."""
+        if self._drift is None:
+            return
+        self._drift.observe(record)
+        for kind, error_frac in (("signed", self._drift.signed), ("absolute", self._drift.absolute)):
+            if error_frac is not None:
+                self._twin_error.labels(kind=kind, **self._labels).set(error_frac)
 
     def shed(self, reason: ShedReason) -> None:
         self._rejections.inc()
@@ -227,6 +243,13 @@ class GatewayMetrics:
         )
         for stage, seconds in info.startup_s.items():
             startup.labels(stage=stage, **self._labels).set(seconds)
+        self._twin_error = Gauge(
+            OURS + "twin_error_frac",
+            "The profile's seconds of a step over the measured ones, less 1; mean of about 1000 steps. Only "
+            "with `twin.profile`.",
+            ["kind", *self._labels],
+            registry=self._inner,
+        )
         shape = {
             "block_size": str(info.kv_block_tokens),
             "num_gpu_blocks": str(info.kv_blocks),
@@ -307,9 +330,11 @@ class _Exposition(Collector):
             counter = CounterMetricFamily(OURS + name, help, labels=list(self._labels))
             counter.add_metric(list(self._labels.values()), value)
             yield counter
+        recorded = {"written": self._view.recorded, "dropped": self._view.record_dropped}
         for name, help, label, values in (
             ("preempted_tokens_lost", "Tokens computed again.", "cause", stats.preempted_tokens_total),
             ("prefix_miss_tokens", "Prompt tokens not found.", "reason", stats.prefix_miss_tokens_total),
+            ("request_log_rows", "Ends of requests, by what became of them in the log.", "result", recorded),
         ):
             counter = CounterMetricFamily(OURS + name, help, labels=[label, *self._labels])
             for reason, value in values.items():

@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from penstock.core.errors import (
     DeadlineExceeded,
@@ -42,6 +43,20 @@ RETRY_AFTER_ENGINE_S = 10.0
 OutcomeHook = Callable[[RequestOutcome, Request], None]
 
 
+class Recorder(Protocol):
+    """Keeps a log of every request's end."""
+
+    @property
+    def written(self) -> int: ...
+
+    @property
+    def dropped(self) -> int:
+        """Ends that it could not keep up with."""
+
+    def take(self, outcome: RequestOutcome, request: Request, output: Sequence[int]) -> None:
+        """Called on the event loop; never blocks. `output`: all tokens drawn, a stop token included."""
+
+
 class Switchboard:
     """Owns the desk and the link. `clock` is monotonic seconds."""
 
@@ -53,6 +68,7 @@ class Switchboard:
         metrics: GatewayMetrics,
         clock: Callable[[], float],
         on_outcome: OutcomeHook | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self._link = link
         self._desk = desk
@@ -60,6 +76,7 @@ class Switchboard:
         self._metrics = metrics
         self._clock = clock
         self._on_outcome = on_outcome
+        self._recorder = recorder
         self._choices: dict[str, Choice] = {}  # by request id, until settled
         self._calls: set[Call] = set()  # until their connection is done with them
         self._inbox: deque[StepReport | ReplicaDied] = deque()
@@ -191,6 +208,8 @@ class Switchboard:
         view.calls_open = len(self._calls)
         view.is_healthy = self.engine_state() is EngineState.OK
         view.heartbeat_age_s = self._watch.still_s(self._clock())
+        if self._recorder is not None:
+            view.recorded, view.record_dropped = self._recorder.written, self._recorder.dropped
 
     # From the link's thread
 
@@ -221,6 +240,8 @@ class Switchboard:
     def _spread(self, report: StepReport) -> None:
         now_s = self._clock()
         self._metrics.step(report.stats)
+        if report.record is not None:
+            self._metrics.compare(report.record)
         self._metrics.tokens(sum(isinstance(event, TokenOut) for event in report.events))
         for event in report.events:
             choice = self._choices.get(event.request_id)
@@ -244,6 +265,8 @@ class Switchboard:
             assert progress.engine_last_s is not None
             self._metrics.gap(event.at_s - progress.engine_last_s)
         progress.last_token_s, progress.engine_last_s = now_s, event.at_s
+        if self._recorder is not None:
+            progress.output.append(event.token_id)
         call = choice.call
         if choice.is_done or call.gone is not None:
             return
@@ -258,6 +281,8 @@ class Switchboard:
         self._desk.finish(choice.request.id, now_s)
         del self._choices[choice.request.id]
         choice.is_settled = True
+        if self._recorder is not None and event.stop_token_id is not None:
+            choice.progress.output.append(event.stop_token_id)
         self._report_outcome(choice, event.reason, event.phases, now_s, event.detail)
         call = choice.call
         if choice.is_done or call.gone is not None:
@@ -398,9 +423,13 @@ class Switchboard:
             preempted_s=phases.preempted_s,
             overhead_s=outcome.e2e_s - desk_wait_s - phases.total_s,
         )
-        self._publish(outcome, spans, request)
+        self._publish(outcome, spans, request, progress.output)
 
-    def _publish(self, outcome: RequestOutcome, spans: PhaseSpans, request: Request) -> None:
+    def _publish(
+        self, outcome: RequestOutcome, spans: PhaseSpans, request: Request, output: Sequence[int] = ()
+    ) -> None:
         self._metrics.finished(outcome, spans)
+        if self._recorder is not None:
+            self._recorder.take(outcome, request, output)
         if self._on_outcome is not None:
             self._on_outcome(outcome, request)

@@ -51,7 +51,11 @@ def number_of(request_id: str) -> int:
 
 
 def _keys_of_hashes(row: TraceRow, block_tokens: int, full_blocks: int) -> list[bytes] | None:
-    """Out of the trace's larger (or equal) content blocks; None where KV blocks cut across them."""
+    """Out of the trace's larger (or equal) content blocks; None where KV blocks cut across them.
+
+    The output's blocks follow where the trace tells them and counts in the same blocks, as the log of a
+    server with this replica's settings does: the next turn then finds the answer as the live one did.
+    """
     assert row.block_hashes is not None
     if row.block_tokens % block_tokens:
         return None
@@ -61,4 +65,7 @@ def _keys_of_hashes(row: TraceRow, block_tokens: int, full_blocks: int) -> list[
         for content in row.block_hashes
         for part in range(per_hash)
     ]
-    return keys[:full_blocks]
+    del keys[full_blocks:]
+    if per_hash == 1:
+        keys += [content.to_bytes(8, "big") + bytes(4) for content in row.output_block_hashes or ()]
+    return keys

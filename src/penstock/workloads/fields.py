@@ -67,20 +67,16 @@ def label_of(lines: Lines, field: str, value: Any) -> str:
     return value
 
 
-def blocks_of(lines: Lines, field: str, value: Any, prompt_tokens: int, block_tokens: int) -> tuple[int, ...]:
-    """Ids of the prompt's blocks, the last one possibly partial: exactly ceil(prompt / block) of them."""
+def blocks_of(lines: Lines, field: str, value: Any, expected: int) -> tuple[int, ...]:
+    """Block ids, exactly as many as the row's lengths make."""
     if not isinstance(value, list) or len(value) > BLOCKS_MAX:
         raise lines.error(field, f"{shown(value)} is not a list of block ids", "write a list of integers")
     for item in value:
         if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item <= BLOCK_HASH_MAX:
             raise lines.error(field, f"{shown(item)} is not a block id", "ids are integers of 0 to 64 bits")
-    expected = -(-prompt_tokens // block_tokens)
     if len(value) != expected:
-        raise lines.error(
-            field,
-            f"{len(value)} block ids for a prompt of {prompt_tokens} tokens",
-            f"blocks of {block_tokens} tokens make {expected} ids",
-        )
+        problem = f"there are {len(value)} block ids, and the row's lengths make {expected}"
+        raise lines.error(field, problem, "docs/formats.md says how many blocks a length makes")
     return tuple(value)
 
 

@@ -129,7 +129,13 @@ def _divided(row: TraceRow, divisor: float) -> TraceRow:
         prompt_tokens = full_blocks * block_tokens + last
     else:
         prompt_tokens = _scaled(row.prompt_tokens, divisor)
-    return replace(row, prompt_tokens=prompt_tokens, output_tokens=output_tokens, block_tokens=block_tokens)
+    return replace(
+        row,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        block_tokens=block_tokens,
+        output_block_hashes=None,  # their places in the text are no longer known
+    )
 
 
 def _scaled(tokens: int, divisor: float) -> int:
@@ -146,4 +152,12 @@ def _clamped(row: TraceRow, shape: Shape, counts: ShapeCounts) -> TraceRow:
     if shape.output_tokens_max is not None and output_tokens > shape.output_tokens_max:
         output_tokens = shape.output_tokens_max
         counts.outputs_clamped += 1
-    return replace(row, prompt_tokens=prompt_tokens, output_tokens=output_tokens, block_hashes=blocks)
+    if (prompt_tokens, output_tokens) == (row.prompt_tokens, row.output_tokens):
+        return row
+    return replace(
+        row,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        block_hashes=blocks,
+        output_block_hashes=None,
+    )

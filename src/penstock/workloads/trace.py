@@ -13,8 +13,10 @@ class TraceRow:
 
     `arrival_s` is relative to the trace's first row once it comes from `open_trace`. `block_hashes` name the
     prompt's blocks of `block_tokens` tokens, the last possibly partial: equal ids mean equal content after
-    an equal prefix. `elapsed_s` is the recorded time until the last token. A failed row may have lengths 0
-    and is never replayed; every other row has at least one prompt and one output token.
+    an equal prefix. `output_block_hashes` go on from there: ids of the full blocks that the output
+    completed, beginning with the one that prompt and output share. `elapsed_s` is the recorded time until
+    the last token. A failed row may have lengths 0 and is never replayed; every other row has at least one
+    prompt and one output token.
     """
 
     arrival_s: float
@@ -29,6 +31,7 @@ class TraceRow:
     block_tokens: int = 0
     elapsed_s: float | None = None
     failed: bool = False
+    output_block_hashes: tuple[int, ...] | None = None
 
 
 class SessionTurns:

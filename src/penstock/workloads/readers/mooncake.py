@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
+from penstock.core.units import ceil_div
 from penstock.workloads.fields import answered_or_error, blocks_of, object_of, required, time_of, tokens_of
 from penstock.workloads.lines import Lines
 from penstock.workloads.trace import TraceRow
@@ -43,7 +44,7 @@ def rows(lines: Lines) -> Iterator[TraceRow]:
             output_tokens=output_tokens,
             block_hashes=None
             if ids is None
-            else blocks_of(lines, "hash_ids", ids, prompt_tokens, BLOCK_TOKENS),
+            else blocks_of(lines, "hash_ids", ids, ceil_div(prompt_tokens, BLOCK_TOKENS)),
             block_tokens=BLOCK_TOKENS,
             failed=output_tokens == 0,
         )

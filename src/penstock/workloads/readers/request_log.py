@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from penstock.core.reasons import FinishReason
+from penstock.core.units import ceil_div
 from penstock.workloads.fields import (
     answered_or_error,
     blocks_of,
@@ -47,20 +48,28 @@ def rows(lines: Lines) -> Iterator[TraceRow]:
             yield _parse_row(lines, object_of(lines, text), block_tokens)
 
 
+def header(block_tokens: int) -> dict[str, Any]:
+    """Of a log whose rows count prefix blocks of that size (0: no row has blocks)."""
+    return {"format": FORMAT, "version": VERSION, "block_tokens": block_tokens}
+
+
 def header_line(block_tokens: int) -> str:
-    """The first line of a log whose rows count prefix blocks of that size (0: no row has blocks)."""
-    return json.dumps({"format": FORMAT, "version": VERSION, "block_tokens": block_tokens})
+    """The first line."""
+    return json.dumps(header(block_tokens))
 
 
-def row_line(row: TraceRow) -> str:
-    """One row as JSON text; optional fields that are absent are left out."""
+def row_line(row: TraceRow, outcome: FinishReason | None = None, ttft_s: float | None = None) -> str:
+    """One row as one line of ASCII; optional fields that are absent are left out.
+
+    `outcome` tells more than the row does: how it was answered, or why not.
+    """
     fields: dict[str, Any] = {
         "arrival_s": round(row.arrival_s, 7),
         "prompt_tokens": row.prompt_tokens,
         "output_tokens": row.output_tokens,
         "tenant": row.tenant,
         "slo_class": row.slo_class,
-        "outcome": FinishReason.FAILED if row.failed else FinishReason.STOP,
+        "outcome": outcome or (FinishReason.FAILED if row.failed else FinishReason.STOP),
     }
     if row.model is not None:
         fields["model"] = row.model
@@ -68,9 +77,21 @@ def row_line(row: TraceRow) -> str:
         fields |= {"session_id": row.session_id, "turn": row.turn}
     if row.elapsed_s is not None:
         fields["elapsed_s"] = round(row.elapsed_s, 7)
+    if ttft_s is not None:
+        fields["ttft_s"] = round(ttft_s, 7)
     if row.block_hashes is not None:
         fields["block_hashes"] = row.block_hashes
-    return json.dumps(fields, ensure_ascii=False)
+    if row.output_block_hashes is not None:
+        fields["output_block_hashes"] = row.output_block_hashes
+    return json.dumps(fields)
+
+
+def block_counts(prompt_tokens: int, output_tokens: int, block_tokens: int) -> tuple[int, int]:
+    """How many ids a row has: the prompt's blocks, the last perhaps partial, and those the output filled."""
+    full_before = prompt_tokens // block_tokens
+    return ceil_div(prompt_tokens, block_tokens), (
+        prompt_tokens + output_tokens
+    ) // block_tokens - full_before
 
 
 def _read_header(lines: Lines, text: str) -> int:
@@ -95,6 +116,7 @@ def _parse_row(lines: Lines, row: Mapping[str, Any], block_tokens: int) -> Trace
     turn = tokens_of(lines, "turn", row.get("turn", 0))
     if turn > _TURN_MAX:
         raise lines.error("turn", f"{turn} is out of range", f"turns count from 0 to {_TURN_MAX}")
+    prompt_blocks, output_blocks = block_counts(prompt_tokens, output_tokens, max(1, block_tokens))
     return TraceRow(
         arrival_s=time_of(lines, "arrival_s", required(lines, row, "arrival_s")),
         prompt_tokens=prompt_tokens,
@@ -104,7 +126,8 @@ def _parse_row(lines: Lines, row: Mapping[str, Any], block_tokens: int) -> Trace
         model=_optional_label(lines, row, "model"),
         session_id=_optional_label(lines, row, "session_id"),
         turn=turn,
-        block_hashes=_parse_blocks(lines, row, prompt_tokens, block_tokens),
+        block_hashes=_parse_blocks(lines, row, "block_hashes", prompt_blocks, block_tokens),
+        output_block_hashes=_parse_blocks(lines, row, "output_block_hashes", output_blocks, block_tokens),
         block_tokens=block_tokens,
         elapsed_s=None if row.get("elapsed_s") is None else time_of(lines, "elapsed_s", row["elapsed_s"]),
         failed=failed,
@@ -121,15 +144,15 @@ def _parse_outcome(lines: Lines, outcome: Any) -> bool:
 
 
 def _parse_blocks(
-    lines: Lines, row: Mapping[str, Any], prompt_tokens: int, block_tokens: int
+    lines: Lines, row: Mapping[str, Any], field: str, expected: int, block_tokens: int
 ) -> tuple[int, ...] | None:
-    value = row.get("block_hashes")
+    value = row.get(field)
     if value is None:
         return None
     if block_tokens == 0:
         hint = "put `block_tokens` into the header line"
-        raise lines.error("block_hashes", "the header gives no block size", hint)
-    return blocks_of(lines, "block_hashes", value, prompt_tokens, block_tokens)
+        raise lines.error(field, "the header gives no block size", hint)
+    return blocks_of(lines, field, value, expected)
 
 
 def _optional_label(lines: Lines, row: Mapping[str, Any], field: str) -> str | None:
