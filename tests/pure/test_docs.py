@@ -46,6 +46,8 @@ UNITLESS = frozenset(
         "--rounds",
         "--tensor-parallel",
         "--seed",
+        "SEED",
+        "--runs",
         "--vocab-size",
         "--context-len",
     }
