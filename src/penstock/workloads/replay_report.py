@@ -50,9 +50,8 @@ def _client_facts(run: ReplayRun) -> ClientFacts:
     answered = [exchange for exchange in run.exchanges if exchange.outcome.is_answered]
     counted = [exchange for exchange in answered if exchange.usage]
     chunks = sum(exchange.chunks for exchange in counted)
-    lags_ms = [max(0.0, exchange.sent_s - exchange.outcome.arrival_s) * 1e3 for exchange in run.exchanges]
     return ClientFacts(
-        lag_ms=Summary.of(np.array(lags_ms)),
+        lag_ms=lag_ms(run),
         in_flight_max=run.in_flight_max,
         cap_waits=run.cap_waits,
         prompts=_prompts_in_words(run),
@@ -62,6 +61,12 @@ def _client_facts(run: ReplayRun) -> ClientFacts:
         ),
         tokens_per_chunk=_sum_outputs(exchange.outcome for exchange in counted) / chunks if chunks else None,
     )
+
+
+def lag_ms(run: ReplayRun) -> Summary | None:
+    """How late the client itself sent: sent − due."""
+    lags_ms = [max(0.0, exchange.sent_s - exchange.outcome.arrival_s) * 1e3 for exchange in run.exchanges]
+    return Summary.of(np.array(lags_ms))
 
 
 def _prompt_differs(exchange: Exchange) -> bool:
