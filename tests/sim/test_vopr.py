@@ -243,6 +243,7 @@ GOOD = script_json(Script(1, System(), (Call("a", 0.0, 1, 3, 2),), (Fault(FaultK
         ({"calls": [{"name": "a" * 100}]}, "calls[0].name"),
         ({"calls": [{"name": "a", "prompt_tokens": 1 << 30}]}, "calls[0].prompt_tokens"),
         ({"calls": [{"name": "a"}] * 5000}, "calls"),
+        ({"calls": [{"name": str(i), "prompt_tokens": 16384} for i in range(100)]}, "calls"),
         ({"faults": [{"kind": "boom"}]}, "faults[0].kind"),
         ({"faults": [{"kind": "jump", "seconds": -1}]}, "faults[0].seconds"),
         ({"faults": [3]}, "faults[0]"),

@@ -109,6 +109,12 @@ class Script:
     faults: tuple[Fault, ...] = ()
 
     @property
+    def tokens(self) -> int:
+        """Of all prompts and outputs; where no `max_tokens` is said, what the context can hold."""
+        context_len = self.system.context_len
+        return sum(c.choices * (c.prompt_tokens + (c.output_tokens or context_len)) for c in self.calls)
+
+    @property
     def calm_s(self) -> float:
         """From here on nothing new arrives and nothing breaks."""
         ends = [call.at_s for call in self.calls]

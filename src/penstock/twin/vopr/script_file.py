@@ -19,6 +19,7 @@ from penstock.twin.vopr.script import Call, Fault, Script, System
 SCRIPT_BYTES_MAX = 4 << 20
 CALLS_MAX = 4096
 FAULTS_MAX = 16384
+TOKENS_MAX = 500_000
 NAME_LEN_MAX = 64
 KIND = "penstock-vopr-script"
 VERSION = 1
@@ -80,7 +81,10 @@ def parse_script(data: Any) -> Script:
     _check_policies(system)
     if len({call.name for call in calls}) != len(calls):
         raise _wrong("calls", "must have names of their own")
-    return Script(seed, system, calls, faults)
+    script = Script(seed, system, calls, faults)
+    if script.tokens > TOKENS_MAX:
+        raise _wrong("calls", f"ask for {script.tokens} tokens in all, of at most {TOKENS_MAX}")
+    return script
 
 
 def _lean(record: Call | Fault) -> dict[str, Any]:

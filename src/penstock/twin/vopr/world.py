@@ -16,13 +16,15 @@ from functools import partial
 from penstock.core.events import ReplicaEvent
 from penstock.core.reasons import CancelReason
 from penstock.twin.vopr.checkers import Checkers
+from penstock.twin.vopr.draw import stream
 from penstock.twin.vopr.engine_host import Cancel, Command, EngineHost
 from penstock.twin.vopr.failure import CheckFailed, require
 from penstock.twin.vopr.front import Front
 from penstock.twin.vopr.journal import Journal
 from penstock.twin.vopr.script import Call, Fault, FaultKind, Script
 
-HAPPENINGS_MAX = 200_000
+# What may happen in a run at most: a token takes a step and a message, some of them more than once.
+HAPPENINGS_SPARE, HAPPENINGS_PER_TOKEN, HAPPENINGS_PER_ENTRY = 10_000, 10, 100
 # Steps allowed after the faults: every open token twice over, since a preempted one is computed again.
 STEPS_PER_TOKEN, STEPS_SPARE = 2, 100
 
@@ -57,7 +59,7 @@ class World:
         self._scheduled = 0
         self._now_s = 0.0
         self._to_engine, self._to_front = (
-            Pipe(system.link_s, system.link_jitter_s, random.Random(f"{script.seed}/{name}"))
+            Pipe(system.link_s, system.link_jitter_s, stream(script.seed, name))
             for name in ("to-engine", "to-front")
         )
         self._slow: dict[int, float] = {}  # number of the fault → factor
@@ -70,15 +72,19 @@ class World:
         for fault in self._script.faults:
             self._at(fault.at_s, partial(self._strike, fault))
         self._at(self._script.calm_s, self._heal)
-        happenings = 0
+        left = self._happenings_max()
         while self._agenda:
-            happenings += 1
-            require(happenings <= HAPPENINGS_MAX, "liveness", "the run never ends")
+            left -= 1
+            require(left >= 0, "liveness", "the run never ends")
             at_s, _, act = heapq.heappop(self._agenda)
             self._move_clock(at_s)
             act()
         self.checkers.at_rest(self.front.desk, self.front.offered)
         require(self.front.open_count == 0, "liveness", f"{self.front.open_count} requests stay open")
+
+    def _happenings_max(self) -> int:
+        entries = len(self._script.calls) + len(self._script.faults)
+        return HAPPENINGS_SPARE + HAPPENINGS_PER_TOKEN * self._script.tokens + HAPPENINGS_PER_ENTRY * entries
 
     def _at(self, at_s: float, act: Callable[[], None]) -> None:
         """What is due in the past (after a jump of the clock) happens now."""
