@@ -145,6 +145,16 @@ def test_blocks_that_are_missing_in_the_engine_are_a_refusal_there() -> None:
     assert ends_of(one_call(kv_lost_blocks=30)) == {"refused": 1}
 
 
+def test_passing_a_sibling_whose_leader_is_cancelled_within_the_step_is_fair() -> None:
+    calls = (
+        Call("pair", 0.0, 2, 4, 2),
+        Call("other", 0.0, 1, 4, 2, content=1),
+    )
+    leaves = Fault(FaultKind.STRAY_CANCEL, 0.005, target="pair.0")
+    script = Script(0, System(running_max=2, mid_step=True, link_s=0.0), calls, (leaves,))
+    assert ends_of(script) == {"length": 1, "cancelled": 2}
+
+
 # ---- shrinking and scripts --------------------------------------------------------------------------------
 
 

@@ -246,13 +246,19 @@ class Checkers:
         for name, other in self._in_engine.items():
             if self._order[name] >= order:
                 return
-            overtaken = not other.runs and not self._waits_for_leader(other)
+            overtaken = not other.runs and not self._waited_for_leader(other, event.at_s)
             require(not overtaken, "fcfs", f"{life.request.id} overtakes {name}")
 
-    def _waits_for_leader(self, life: _Life) -> bool:
-        """Leniently where only lengths are known: the first token is not told there."""
-        leader = self._in_engine.get(life.request.leader_id or "")
-        return leader is not None and leader.first_token_s is None and self._system.prefix_cache
+    def _waited_for_leader(self, life: _Life, planned_s: float) -> bool:
+        """When the plan was made. Leniently where only lengths are known: no first token is told there."""
+        leader_id = life.request.leader_id
+        if leader_id is None or leader_id not in self._order or not self._system.prefix_cache:
+            return False
+        leader = self._lives[leader_id]
+        end = leader.engine_end
+        # Perhaps the leader was cancelled while the step ran, and is told of before the admission.
+        was_there = end is None or end.at_s > planned_s or (end.at_s == planned_s and self._system.mid_step)
+        return was_there and leader.first_token_s is None
 
     def _check_cached(self, life: _Life, cached_len: int) -> None:
         """Found KV was computed before, with equal salt and equal history."""
