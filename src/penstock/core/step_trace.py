@@ -12,12 +12,25 @@ VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
+class StepTimes:
+    """What a step takes beside the executor. `ended_s` is an instant on the engine's monotonic clock.
+
+    `schedule_s`: the replica's planning and accounting. `between_s`: from the end of the step before until
+    planning, where the replica had work all the while: reporting, the inbox.
+    """
+
+    schedule_s: float
+    between_s: float
+    ended_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class StepRecord:
     """One executed step, reduced to what its time depends on. Lengths are tokens.
 
     `prefills`: (new tokens, context length after them) of each chunk; `decode_context`: the sum of the
     context lengths, after the step, of the `decodes`; `samples`: rows that were sampled from; `seconds`: the
-    executor's; `schedule_s`: the replica's, beside them. `ended_s` is on the engine's monotonic clock.
+    executor's. The last three are those of `StepTimes`.
     """
 
     prefills: tuple[tuple[int, int], ...]
@@ -26,12 +39,13 @@ class StepRecord:
     samples: int
     seconds: float
     schedule_s: float = 0.0
+    between_s: float = 0.0
     ended_s: float = 0.0
 
     @property
     def total_s(self) -> float:
-        """What the step kept the replica busy for: deciding and computing."""
-        return self.seconds + self.schedule_s
+        """What the step kept the replica busy for: computing, deciding, and telling."""
+        return self.seconds + self.schedule_s + self.between_s
 
 
 def header() -> dict[str, object]:
@@ -49,4 +63,5 @@ def line_of(record: StepRecord) -> dict[str, object]:
         "samples": record.samples,
         "seconds": round(record.seconds, 7),
         "schedule_s": round(record.schedule_s, 7),
+        "between_s": round(record.between_s, 7),
     }

@@ -16,7 +16,7 @@ from penstock.core.reasons import CancelReason
 from penstock.core.request import Request
 from penstock.core.settings import Settings
 from penstock.core.step import StepPlan, StepResult
-from penstock.core.step_trace import StepRecord
+from penstock.core.step_trace import StepRecord, StepTimes
 from penstock.replica import journal
 from penstock.replica.journal import Journal
 from penstock.replica.limits import ReplicaLimits
@@ -62,19 +62,14 @@ class Recording:
             self._flush()
 
     def completed(
-        self,
-        plan: StepPlan,
-        result: StepResult,
-        events: Sequence[ReplicaEvent],
-        schedule_s: float,
-        now_s: float,
+        self, plan: StepPlan, result: StepResult, events: Sequence[ReplicaEvent], times: StepTimes
     ) -> StepRecord | None:
         """The step's record, where anything reads one."""
         if self._journal is not None:
-            self._journal.completed(result, events, now_s)
+            self._journal.completed(result, events, times.ended_s)
         if not self._measures:
             return None
-        record = self._meter.record(plan, result, schedule_s, now_s)
+        record = self._meter.record(plan, result, times)
         if self._steps is not None:
             self._steps.write(step_trace.line_of(record))
         return record

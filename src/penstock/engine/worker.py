@@ -25,7 +25,7 @@ from penstock.core.reasons import CancelReason, FinishReason
 from penstock.core.request import Request
 from penstock.core.settings import Settings
 from penstock.core.step import StepPlan, StepResult
-from penstock.core.step_trace import StepRecord
+from penstock.core.step_trace import StepRecord, StepTimes
 from penstock.engine.recording import Recording
 from penstock.engine.threads import wait_asleep
 from penstock.models.source import ModelSource
@@ -149,6 +149,7 @@ class _Loop:
         self._settings = settings
         self._replica = Replica(engine.limits, make_stack(settings.policies))
         self._failures = 0
+        self._left_s: float | None = None  # when the last step was done; None where there was no work since
         self._recording = recording
         self._is_watched = bool(settings.twin.profile)  # the gateway compares steps with a profile
 
@@ -205,28 +206,31 @@ class _Loop:
         """Plan, execute, complete; adds to `events`. The step's record, where somebody wants it."""
         planned_s, plan_s = time.perf_counter(), time.monotonic()
         plan = self._replica.plan(plan_s)
-        schedule_s = time.perf_counter() - planned_s
+        times = StepTimes(time.perf_counter() - planned_s, planned_s - (self._left_s or planned_s), plan_s)
         self._recording.planned(plan, plan_s)
         if plan is None:
+            self._left_s = None
             return None
         try:
             result = self._engine.executor.execute(plan)
         except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError, also for lack of memory
             events += self._recover(error)
             return None
-        return self._complete(plan, result, schedule_s, events)
+        return self._complete(plan, result, times, events)
 
     def _complete(
-        self, plan: StepPlan, result: StepResult, schedule_s: float, events: list[ReplicaEvent]
+        self, plan: StepPlan, result: StepResult, times: StepTimes, events: list[ReplicaEvent]
     ) -> StepRecord | None:
         self._failures = 0
         done_s, now_s = time.perf_counter(), time.monotonic()
         told = self._replica.complete(plan, result, now_s)
-        schedule_s += time.perf_counter() - done_s
-        self._replica.stats().schedule_s = schedule_s
+        left_s = time.perf_counter()
+        self._left_s = left_s if self._replica.has_work else None
+        times = replace(times, schedule_s=times.schedule_s + left_s - done_s, ended_s=now_s)
+        self._replica.stats().schedule_s = times.schedule_s
         self._check_invariants(plan.index)
         events += told
-        return self._recording.completed(plan, result, told, schedule_s, now_s)
+        return self._recording.completed(plan, result, told, times)
 
     def _check_invariants(self, step_index: int) -> None:
         """A debugging aid, off by default: an engine whose books are wrong must not go on."""
@@ -237,6 +241,7 @@ class _Loop:
     def _recover(self, error: Exception) -> list[ReplicaEvent]:
         """Answer everything as failed and start from empty KV; a step that fails again and again is fatal."""
         self._failures += 1
+        self._left_s = None
         print(f"engine step failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         events: list[ReplicaEvent] = []
         now_s = time.monotonic()

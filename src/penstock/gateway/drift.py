@@ -15,7 +15,7 @@ class StepDrift:
     """`signed` and `absolute` are means of predicted / measured - 1; None before the first step.
 
     Signed says how far the model is off on the whole, below 0 where the machine is slower than it. Absolute
-    says how far it is off on a single step, whichever way. Measured is deciding and computing.
+    says how far it is off on a single step, whichever way. Measured is `total_s`.
     """
 
     def __init__(self, predict_s: PredictStep) -> None:

@@ -7,7 +7,7 @@ decoding sequences by one addition, so that a record costs what changes, and not
 from __future__ import annotations
 
 from penstock.core.step import StepPlan, StepResult
-from penstock.core.step_trace import StepRecord
+from penstock.core.step_trace import StepRecord, StepTimes
 
 
 class StepMeter:
@@ -18,7 +18,7 @@ class StepMeter:
         self._offset: dict[int, int] = {}  # of those that decode: their KV holds clock + offset tokens
         self._context = 0  # tokens in the KV of all that decode
 
-    def record(self, plan: StepPlan, result: StepResult, schedule_s: float, ended_s: float) -> StepRecord:
+    def record(self, plan: StepPlan, result: StepResult, times: StepTimes) -> StepRecord:
         """The record of an executed plan of one step. Changes the meter."""
         assert result.steps == 1, "an engine that computes tokens makes one step at a time"
         for seq_id in plan.ends:
@@ -30,7 +30,14 @@ class StepMeter:
             self._join(chunk.seq_id, chunk.start + chunk.count)
         samples = plan.decode_count + len(emitting)
         return StepRecord(
-            prefills, plan.decode_count, decode_context, samples, result.duration_s, schedule_s, ended_s
+            prefills,
+            plan.decode_count,
+            decode_context,
+            samples,
+            result.duration_s,
+            times.schedule_s,
+            times.between_s,
+            times.ended_s,
         )
 
     def _decode(self, plan: StepPlan) -> int:

@@ -31,10 +31,15 @@ _NEVER = float("inf")
 
 @dataclass(frozen=True, slots=True)
 class PathCosts:
-    """Seconds outside the engine's steps, measured on the live path (docs/twin.md)."""
+    """Seconds outside the engine's steps: medians of `benchmarks/path_costs.py` (docs/twin.md).
 
-    to_engine_s: float = 0.001  # from the request's arrival to the engine's inbox
-    to_client_s: float = 0.001  # from the end of a step to the client's socket
+    A prompt of token ids, as `penstock replay` sends by default, is not tokenised: one microsecond a token,
+    where its prefill takes hundreds.
+    """
+
+    to_engine_s: float = 0.0013  # from the client's sending to the engine's inbox, tokenising left out
+    tokenise_s_per_token: float = 1e-6
+    to_client_s: float = 0.0008  # from the end of a step until the client has its token
 
 
 class TwinReplica:
@@ -140,9 +145,10 @@ class TwinReplica:
             self._release(event.at_s)
 
     def _release(self, now_s: float) -> None:
-        due_s = now_s + self._path.to_engine_s
+        path = self._path
         for request in self._desk.release():
-            self._inbox.append((due_s, request))
+            tokenised_s = request.arrival_s + path.tokenise_s_per_token * request.prompt_len
+            self._inbox.append((max(now_s, tokenised_s) + path.to_engine_s, request))
 
     def _outcome(self, request: Request, event: Finished) -> RequestOutcome:
         times = self.executor.finish(request.id)

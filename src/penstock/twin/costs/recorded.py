@@ -32,7 +32,7 @@ def predictor_of(profile: Path) -> Callable[[StepRecord], float]:
 
 
 def read_samples(path: Path, steps_max: int = FIT_STEPS_MAX) -> list[Sample]:
-    """The steps of a trace and their whole seconds, deciding included; at most `steps_max`, evenly taken.
+    """The steps of a trace and their whole seconds, deciding and telling included; at most `steps_max`, evenly taken.
 
     Raises TraceError naming line and field.
     """
@@ -69,6 +69,7 @@ def _parse(lines: Lines, row: Mapping[str, Any]) -> StepRecord:
         samples=tokens_of(lines, "samples", required(lines, row, "samples")),
         seconds=_seconds(lines, row, "seconds"),
         schedule_s=_seconds(lines, row, "schedule_s"),
+        between_s=_seconds(lines, row, "between_s"),
         ended_s=time_of(lines, "ended_s", required(lines, row, "ended_s")),
     )
 
