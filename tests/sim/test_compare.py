@@ -17,10 +17,12 @@ from typer.testing import CliRunner
 
 from penstock.cli.compare import parse_rates
 from penstock.cli.main import app
-from penstock.core.errors import ConfigError, SloInfeasible, TraceError
+from penstock.core.errors import ConfigError, RequestError, SloInfeasible, TraceError
 from penstock.core.metrics import RequestOutcome, Slo
 from penstock.core.reasons import FinishReason
+from penstock.core.request import Request
 from penstock.core.settings import PolicySettings, Settings
+from penstock.replica.limits import check_feasible
 from penstock.twin.compare import run as sweeping
 from penstock.twin.compare.document import Comparison, notes_of
 from penstock.twin.compare.fairness import delivered_tokens, fairness, jain
@@ -213,6 +215,21 @@ def test_requests_that_never_fit_are_counted() -> None:
 
 
 # ---- what comes out ---------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 60), st.integers(1, 16))
+def test_the_quick_look_agrees_with_the_door(
+    prompt: int, output: int, blocks: int, block_tokens: int
+) -> None:
+    limits = replace(LIMITS, kv_blocks=blocks, kv_block_tokens=block_tokens)
+    anchor = TraceRow(0.0, 1, 1)
+    facts, _ = look_at([anchor, TraceRow(1.0, prompt, output)], limits)
+    try:
+        check_feasible(Request("r", prompt, output, 0.0), limits)
+    except RequestError as error:
+        assert facts.never_fit == 1 and facts.never_fit_reason == error.message
+    else:
+        assert facts.never_fit == 0
 
 
 class Tags(HTMLParser):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from penstock.core.errors import RequestError, SloInfeasible, TraceError
 from penstock.core.metrics import RequestOutcome, Slo
+from penstock.core.request import Request
 from penstock.core.settings import Settings
 from penstock.replica.limits import ReplicaLimits, check_feasible
 from penstock.twin.costs.model import CostModel
@@ -89,7 +90,6 @@ class Infeasible:
 def look_at(rows: Iterable[TraceRow], limits: ReplicaLimits) -> tuple[TraceFacts, dict[str, Easiest]]:
     """One pass over the rows. Raises TraceError when nothing is left that could be served."""
     found, easiest = TraceFacts(), dict[str, Easiest]()
-    maker = RequestMaker(limits.kv_block_tokens)
     for row in rows:
         if row.failed:
             found.failed += 1
@@ -97,14 +97,15 @@ def look_at(rows: Iterable[TraceRow], limits: ReplicaLimits) -> tuple[TraceFacts
         found.first_s = row.arrival_s if not found.rows else found.first_s
         found.last_s = row.arrival_s
         found.rows += 1
-        plain = replace(row, session_id=None, block_hashes=None)
-        try:
-            check_feasible(maker.make(0, plain, 0.0), limits)
-        except RequestError as error:
+        if not _fits(row, limits):
             found.never_fit += 1
-            found.never_fit_reason = found.never_fit_reason or error.message
+            found.never_fit_reason = found.never_fit_reason or _why_not(row, limits)
             continue
-        easiest.setdefault(row.slo_class, Easiest.of(row)).look_at(row)
+        known = easiest.get(row.slo_class)
+        if known is None:
+            easiest[row.slo_class] = Easiest.of(row)
+        else:
+            known.look_at(row)
     if not found.rows:
         raise TraceError(
             f"the trace has nothing to send: all of its {found.failed} rows failed.",
@@ -116,6 +117,21 @@ def look_at(rows: Iterable[TraceRow], limits: ReplicaLimits) -> tuple[TraceFacts
             hint="make them smaller with `--length-divisor` or `--max-prompt-tokens`",
         )
     return found, easiest
+
+
+def _fits(row: TraceRow, limits: ReplicaLimits) -> bool:
+    """What `check_feasible` says, without making a request: a trace may have millions of rows."""
+    tokens = row.prompt_tokens + row.output_tokens
+    kv_tokens = limits.kv_blocks * limits.kv_block_tokens
+    return tokens <= limits.context_len_max and tokens - 1 <= kv_tokens
+
+
+def _why_not(row: TraceRow, limits: ReplicaLimits) -> str:
+    try:
+        check_feasible(Request("", row.prompt_tokens, row.output_tokens, 0.0), limits)
+    except RequestError as error:
+        return error.message
+    raise AssertionError("`_fits` and `check_feasible` agree")
 
 
 def infeasible_targets(
