@@ -33,7 +33,6 @@ _EPILOG = """Examples:
 _SEED_MAX = (1 << 63) - 1
 _FOREVER = 1 << 62
 _EVERY_THOROUGH = 10  # of several seeds, one in so many runs twice and without leaps
-_SHOW_EVERY = 50
 
 
 def register(app: typer.Typer) -> None:
@@ -108,7 +107,7 @@ def _run_many(seeds: range, time_limit_s: float, out: Path | None, as_json: bool
                 break
             script = draw_script(seed)
             if not as_json:
-                print(f"seed {seed}: {_short(script)}", flush=done % _SHOW_EVERY == 0)
+                print(f"seed {seed}: {_short(script)}", flush=True)
             thoroughly = done % _EVERY_THOROUGH == 0
             result = run_checked(script, thoroughly=thoroughly)
             done += 1
