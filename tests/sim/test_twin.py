@@ -189,3 +189,14 @@ def test_the_same_bytes_in_every_process() -> None:
         for seed in ("1", "2")
     }
     assert len(digests) == 1
+
+
+def test_steps_that_take_no_time_end_as_well() -> None:
+    class Free(PlainCost):
+        def seconds(self, work: StepWork) -> float:
+            return 0.0
+
+    outcomes: list[RequestOutcome] = []
+    load = [TraceRow(0.0, 20, 40), TraceRow(0.0, 5, 9)]
+    simulate(load, Settings(), LIMITS, Free(), outcomes.append)
+    assert sorted(outcome.output_tokens for outcome in outcomes) == [9, 40]

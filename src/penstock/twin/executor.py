@@ -194,8 +194,8 @@ class ModelledExecutor:
                 if now_s >= horizon_s:
                     break
             # About as many more as will fit: contexts grow, so that steps become no shorter.
-            left_s = min(horizon_s - now_s, last_s * _LEAP_STEPS_MAX)
-            count = max(1, min(limit - done, int(left_s / last_s) + 1))
+            fitting = (horizon_s - now_s) / last_s if last_s > 0.0 else _FOREVER
+            count = max(1, min(limit - done, int(min(fitting, _LEAP_STEPS_MAX)) + 1))
         self.now_s = now_s
         self._clock += done
         self._context += decodes * done
