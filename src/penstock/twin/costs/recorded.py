@@ -32,9 +32,9 @@ def predictor_of(profile: Path) -> Callable[[StepRecord], float]:
 
 
 def read_samples(path: Path, steps_max: int = FIT_STEPS_MAX) -> list[Sample]:
-    """The steps of a trace and their whole seconds, deciding and telling included; at most `steps_max`, evenly taken.
+    """The steps of a trace and their whole seconds, deciding and telling included.
 
-    Raises TraceError naming line and field.
+    At most `steps_max` of them, evenly taken. Raises TraceError naming line and field.
     """
     kept: list[StepRecord] = []
     stride = 1
