@@ -9,6 +9,7 @@ from fake_link import FakeLink
 from served import Running, start
 
 from penstock.core.settings import Settings
+from penstock.gateway.switchboard import Recorder
 
 
 @pytest.fixture
@@ -17,9 +18,12 @@ def serve() -> Iterator[Callable[..., Running]]:
     started: list[Running] = []
 
     def serve_one(
-        settings: Settings | None = None, link: FakeLink | None = None, send_bytes: int | None = None
+        settings: Settings | None = None,
+        link: FakeLink | None = None,
+        send_bytes: int | None = None,
+        recorder: Recorder | None = None,
     ) -> Running:
-        started.append(start(settings, link, send_bytes))
+        started.append(start(settings, link, send_bytes, recorder))
         return started[-1]
 
     yield serve_one

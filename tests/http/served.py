@@ -21,7 +21,7 @@ from penstock.core.request import Request
 from penstock.core.settings import Settings
 from penstock.gateway.app import create_app
 from penstock.gateway.server import GatewayServer, bind
-from penstock.gateway.switchboard import Switchboard
+from penstock.gateway.switchboard import Recorder, Switchboard
 
 WAIT_S = 20.0  # how long a test waits for something that must happen; never a bound on speed
 
@@ -101,7 +101,10 @@ class Running:
 
 
 def start(
-    settings: Settings | None = None, link: FakeLink | None = None, send_bytes: int | None = None
+    settings: Settings | None = None,
+    link: FakeLink | None = None,
+    send_bytes: int | None = None,
+    recorder: Recorder | None = None,
 ) -> Running:
     """Serve from a thread. `send_bytes` makes the kernel's send buffers small, so that they fill soon."""
     link = link or FakeLink()
@@ -113,6 +116,7 @@ def start(
         PlainTemplate(),
         settings,
         on_outcome=lambda outcome, request: outcomes.append((outcome, request)),
+        recorder=recorder,
     )
     urls: list[str] = []
     server = GatewayServer(app, settings.gateway, on_ready=urls.append)

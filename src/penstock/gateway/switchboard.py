@@ -281,8 +281,9 @@ class Switchboard:
         self._desk.finish(choice.request.id, now_s)
         del self._choices[choice.request.id]
         choice.is_settled = True
-        if self._recorder is not None and event.stop_token_id is not None:
-            choice.progress.output.append(event.stop_token_id)
+        output = choice.progress.output
+        if event.stop_token_id is not None and len(output) < event.output_tokens:
+            output.append(event.stop_token_id)  # drawn and counted, but not told
         self._report_outcome(choice, event.reason, event.phases, now_s, event.detail)
         call = choice.call
         if choice.is_done or call.gone is not None:
