@@ -38,19 +38,28 @@ def test_what_is_recorded_is_read_and_simulated(serve: StartServer, tmp_path: Pa
             prompt = [*prompt, *text]
         chat = {**BODY, "messages": TALK, "max_tokens": 8, "n": 2}
         assert client.post(CHAT, json=chat).status_code == 200
+        stop_at_once = {
+            **BODY,
+            "prompt": "x",
+            "max_tokens": 5,
+            "stop_token_ids": [70],
+            "logit_bias": {"70": 100},
+        }
+        assert client.post(COMPLETIONS, json=stop_at_once).status_code == 200
         too_long = client.post(COMPLETIONS, json={**BODY, "prompt": "x " * 20_000, "max_tokens": 1})
         assert too_long.status_code == 400
     metrics = server.metrics()
     assert server.stop() == 0, server.log
     rows = list(open_trace(log))
-    assert len(rows) == 5 and not any(row.failed for row in rows)
+    assert len(rows) == 6 and not any(row.failed for row in rows)
     assert sum(value for name, value in metrics.items() if 'result="written"' in name) >= 4
-    assert [row.turn for row in rows] == [0, 1, 2, 3, 4] and len({row.session_id for row in rows}) == 1
+    assert [row.turn for row in rows] == [0, 1, 2, 3, 4, 5] and len({row.session_id for row in rows}) == 1
+    assert rows[-1].output_tokens == 1, "a stop token was drawn, though it is not told"
     text = log.read_text()
     assert "river" not in text and "alice" not in text and 'tokens": [' not in text
 
     replayed = replay_journal(journal)
-    assert replayed.difference is None and replayed.ends == 5, str(replayed.difference)
+    assert replayed.difference is None and replayed.ends == 6, str(replayed.difference)
     records = [json.loads(line) for line in steps.read_text().splitlines()[1:]]
     assert len(records) == replayed.plans
 
