@@ -200,3 +200,15 @@ def test_steps_that_take_no_time_end_as_well() -> None:
     load = [TraceRow(0.0, 20, 40), TraceRow(0.0, 5, 9)]
     simulate(load, Settings(), LIMITS, Free(), outcomes.append)
     assert sorted(outcome.output_tokens for outcome in outcomes) == [9, 40]
+
+
+def test_energy_is_power_times_the_time_it_was_drawn() -> None:
+    class Drawing(PlainCost):
+        def step(self, work: StepWork) -> StepCost:
+            seconds = self.seconds(work)
+            return StepCost(seconds, "compute", 250.0 * seconds, 0.0, 0.0, True)
+
+    load = [TraceRow(0.01 * index, 30, 50) for index in range(20)]
+    (twin,) = simulate(load, Settings(), LIMITS, Drawing(), lambda outcome: None)
+    assert twin.executor.busy_joules == pytest.approx(250.0 * twin.executor.busy_s)
+    assert 0 < twin.executor.busy_s <= twin.now_s

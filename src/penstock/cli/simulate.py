@@ -175,6 +175,13 @@ def notes_of(machine: Machine, fleet: Sequence[TwinReplica], facts: TraceFacts) 
         notes.append(
             f"{beyond} times a step went beyond what the profile was calibrated on: less sure than stated"
         )
+    joules = sum(twin.executor.busy_joules for twin in fleet)
+    if joules:
+        busy_s = sum(twin.executor.busy_s for twin in fleet)
+        notes.append(
+            f"energy while computing: {joules / 1e3:.1f} kJ, {joules / busy_s:.0f} W a busy replica "
+            f"(power figures: {machine.power_status})"
+        )
     if facts.never_fit:
         notes.append(
             f"{facts.never_fit} of {facts.rows} requests can never run here, and were refused. The first: "

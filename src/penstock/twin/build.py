@@ -27,6 +27,7 @@ class Machine:
     cost: CostModel
     name: str
     kv_tokens: int | None
+    power_status: str = "unknown"  # how its power figures are known: measured, published or assumed
 
 
 def machine_of(name_or_path: str, engine: str, config: ModelConfig, parallel: Parallel) -> Machine:
@@ -37,13 +38,12 @@ def machine_of(name_or_path: str, engine: str, config: ModelConfig, parallel: Pa
     path = Path(name_or_path)
     if path.suffix == ".toml" and path.is_file() and _kind_of(path) == tables.KIND:
         fitted = tables.load_fitted(path)
-        return Machine(fitted, f"{fitted.profile.name} ({path.name})", None)
-    roofline = RooflineCostModel(
-        ModelSpec.of(config), hardware.load_hardware(name_or_path), hardware.load_engine(engine), parallel
-    )
-    return Machine(
-        roofline, f"{name_or_path} × {parallel.devices}, engine {engine}", roofline.kv_tokens_max()
-    )
+        power_status = fitted.profile.power.status
+        return Machine(fitted, f"{fitted.profile.name} ({path.name})", None, power_status)
+    device = hardware.load_hardware(name_or_path)
+    roofline = RooflineCostModel(ModelSpec.of(config), device, hardware.load_engine(engine), parallel)
+    name = f"{name_or_path} × {parallel.devices}, engine {engine}"
+    return Machine(roofline, name, roofline.kv_tokens_max(), device.power.status)
 
 
 def limits_of(settings: Settings, config: ModelConfig, machine: Machine) -> ReplicaLimits:

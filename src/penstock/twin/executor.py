@@ -16,6 +16,7 @@ from penstock.twin.costs.model import CostModel
 from penstock.twin.costs.work import StepWork
 
 _FOREVER: Final = float("inf")
+_POWER_PLANS: Final = 32  # power is looked up once in so many plans, and held in between
 _LEAP_STEPS_MAX: Final = 1024  # times are computed at most so many steps ahead
 
 
@@ -113,6 +114,10 @@ class ModelledExecutor:
         self.horizon_s = _FOREVER
         self.steps = 0
         self.steps_out_of_range = 0  # of those that were larger than every step before
+        self.busy_s = 0.0
+        self.busy_joules = 0.0  # 0 where the profile knows no power
+        self._watts = 0.0  # as of the last look
+        self._plans = 0
         self._largest = [0, 0, 0]  # rows, decodes, context
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -128,7 +133,10 @@ class ModelledExecutor:
             steps, stopped = self._decode_steps(plan), []
         self.steps += steps
         stopped += self._stopped()
-        return StepResult(None, stopped, steps, duration_s=self.now_s - began_s)
+        duration_s = self.now_s - began_s
+        self.busy_s += duration_s
+        self.busy_joules += self._watts * duration_s
+        return StepResult(None, stopped, steps, duration_s=duration_s)
 
     def finish(self, request_id: str) -> TokenTimes | None:
         """Forget a request that has ended, and say when its tokens came; None if it never started."""
@@ -157,7 +165,7 @@ class ModelledExecutor:
         emitting = [chunk for chunk in plan.chunks if chunk.emits]
         decodes = plan.decode_count
         work = StepWork(prefills, decodes, self._context + decodes, decodes + len(emitting))
-        self._look_at_range(work)
+        self._look_closely(work)
         self.now_s += self._cost.seconds(work)
         if decodes:
             self._clock += 1
@@ -182,7 +190,7 @@ class ModelledExecutor:
         decodes, limit = plan.decode_count, plan.repeat
         if self._stops:
             limit = min(limit, max(1, self._stops[0][0] - self._clock))
-        self._look_at_range(StepWork((), decodes, self._context + decodes * limit, decodes))
+        self._look_closely(StepWork((), decodes, self._context + decodes * limit, decodes))
         now_s, horizon_s, tape, done, count = self.now_s, self.horizon_s, self._tape, 0, 1
         while done < limit and (now_s < horizon_s or not done):
             context = self._context + decodes * (done + 1)
@@ -201,14 +209,20 @@ class ModelledExecutor:
         self._context += decodes * done
         return done
 
-    def _look_at_range(self, work: StepWork) -> None:
-        """Ask the cost model, which is slow to say, only about steps that exceed all before in some way."""
+    def _look_closely(self, work: StepWork) -> None:
+        """Range and power, which the cost model is slow to say: of every so-many-th plan, and of each step
+        that exceeds all before it in some way."""
         sizes = (work.rows, work.decodes, work.decode_context)
         largest = self._largest
-        if sizes[0] <= largest[0] and sizes[1] <= largest[1] and sizes[2] <= largest[2]:
+        is_largest = sizes[0] > largest[0] or sizes[1] > largest[1] or sizes[2] > largest[2]
+        self._plans += 1
+        if not is_largest and self._plans % _POWER_PLANS:
             return
-        self._largest = [max(pair) for pair in zip(largest, sizes, strict=True)]
-        self.steps_out_of_range += not self._cost.step(work).in_range
+        cost = self._cost.step(work)
+        self._watts = cost.joules / cost.seconds if cost.seconds > 0.0 else 0.0
+        if is_largest:
+            self._largest = [max(pair) for pair in zip(largest, sizes, strict=True)]
+            self.steps_out_of_range += not cost.in_range
 
     def _stopped(self) -> list[int]:
         """Who reached the end of its output with the last step."""
