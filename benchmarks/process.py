@@ -31,7 +31,7 @@ from penstock.core.reasons import CancelReason
 from penstock.core.request import Request
 from penstock.core.settings import GatewaySettings, ReplicaSettings, Settings
 from penstock.engine.link import EngineLink
-from penstock.engine.threads import wait_asleep
+from penstock.engine.threads import wait_briefly
 from penstock.gateway.app import create_app
 from penstock.gateway.server import GatewayServer, bind, url_of
 from penstock.models.catalogue import resolve
@@ -57,7 +57,7 @@ class ThreadLink:
     """A `ReplicaLink` to an engine in a thread: no pipe and no pickling, but one interpreter lock."""
 
     def __init__(self, settings: Settings, source: ModelSource) -> None:
-        # Not before `wait_asleep`, which has to come before torch.
+        # Not before `wait_briefly`, which has to come before torch.
         from penstock.engine.build import Stages, build_engine
 
         self._engine = build_engine(settings, source, source.name, Stages())
@@ -263,5 +263,5 @@ def table(found: dict[tuple[int, str], list[Measured]]) -> str:
 
 
 if __name__ == "__main__":
-    wait_asleep()  # as the engine process does; before torch is loaded
+    wait_briefly()  # as the engine process does; before torch is loaded
     sys.exit(main())

@@ -14,9 +14,9 @@ import os
 from statistics import median
 
 from benchmarks.results import describe_machine, write_section
-from penstock.engine.threads import Threads, wait_asleep
+from penstock.engine.threads import Threads, wait_briefly
 
-wait_asleep()  # before torch is loaded
+wait_briefly()  # before torch is loaded
 
 from penstock.core.request import SamplingParams  # noqa: E402
 from penstock.core.settings import Settings  # noqa: E402

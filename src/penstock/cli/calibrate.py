@@ -67,9 +67,9 @@ def calibrate(
 
 def _measured(settings: Settings, rounds: int) -> tuple[list[Sample], str, str]:
     """Steps of this machine's engine, made for the purpose; with the profile's name and source."""
-    from penstock.engine.threads import wait_asleep
+    from penstock.engine.threads import wait_briefly
 
-    wait_asleep()  # as the engine process does
+    wait_briefly()  # as the engine process does
     from rich.console import Console
     from rich.progress import Progress
 

@@ -1,11 +1,13 @@
 """How many threads a step uses, and how they wait for each other.
 
-A step is hundreds of short parallel regions. Two facts of this kind of machine (docs/engine.md):
+A step is hundreds of short parallel regions, a fraction of a millisecond apart. Between two of them an idle
+thread spins for some microseconds and then sleeps. Both ends of that scale were measured (docs/engine.md):
 
-- A thread that spins at the end of a region while its partner is scheduled away burns the very core that the
-  partner waits for; beside one busy neighbour throughput falls twentyfold. So idle threads sleep at once.
-- Waking a sleeper costs some microseconds a region, more than a second thread saves while a step is bound
-  by reading weights. So steps of few rows run on one thread.
+- A thread that sleeps at once must be woken for every region, which doubles the time of a step of 64 rows.
+- A thread that spins on while its partner is scheduled away burns the very core that the partner waits for;
+  beside one busy neighbour a step then takes many times as long.
+
+Steps of few rows are bound by reading weights. They run on one thread, and leave a core to the gateway.
 """
 
 from __future__ import annotations
@@ -13,16 +15,17 @@ from __future__ import annotations
 import os
 from typing import Final
 
-FEW_ROWS: Final = 12  # measured with benchmarks/threads.py: from here on the second thread pays
+FEW_ROWS: Final = 8  # measured with benchmarks/threads.py: from here on the second thread saves a tenth
+SPIN_COUNT: Final = 1000  # turns of libgomp's waiting loop, some 10 µs; benchmarks/threads.py --spins
 
 _WAIT_SETTINGS: Final = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
-def wait_asleep() -> None:
-    """Make OpenMP threads sleep instead of spin. Call before torch is loaded; a user's own setting wins."""
+def wait_briefly() -> None:
+    """Make idle OpenMP threads sleep soon. Call before torch is loaded; a user's own setting wins."""
     if not any(name in os.environ for name in _WAIT_SETTINGS):
         os.environ["OMP_WAIT_POLICY"] = "passive"
-        os.environ["GOMP_SPINCOUNT"] = "0"
+        os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
 
 
 class Threads:

@@ -27,7 +27,7 @@ from penstock.core.settings import Settings
 from penstock.core.step import StepPlan, StepResult
 from penstock.core.step_trace import StepRecord, StepTimes
 from penstock.engine.recording import Recording
-from penstock.engine.threads import wait_asleep
+from penstock.engine.threads import wait_briefly
 from penstock.models.source import ModelSource
 from penstock.policies.stack import make_stack
 from penstock.replica.messages import ReplicaInfo, StepReport
@@ -107,7 +107,7 @@ def _start(
     source: ModelSource,
     model_name: str,
 ) -> _Loop:
-    wait_asleep()
+    wait_briefly()
     began_s = time.perf_counter()
     from penstock.engine.build import Stages, build_engine
 
