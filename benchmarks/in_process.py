@@ -15,7 +15,7 @@ from penstock.models.catalogue import resolve
 from penstock.models.chat import ChatTemplate
 from penstock.models.source import ModelSource
 from penstock.models.tokenizer import Tokenizer
-from penstock.policies.stack import make_stack
+from penstock.policies.stack import make_stack_of
 from penstock.replica.replica import Replica
 
 
@@ -58,7 +58,7 @@ class InProcess:
             stop_token_ids=ends,
             sampling=params,
         )
-        replica = Replica(self._engine.limits, make_stack(self._settings.policies))
+        replica = Replica(self._engine.limits, make_stack_of(self._settings))
         replica.submit(request, 0.0)
         output = Output()
         while (plan := replica.plan(0.0)) is not None:

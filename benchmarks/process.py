@@ -38,7 +38,7 @@ from penstock.models.catalogue import resolve
 from penstock.models.chat import ChatTemplate
 from penstock.models.source import ModelSource
 from penstock.models.tokenizer import Tokenizer
-from penstock.policies.stack import make_stack
+from penstock.policies.stack import make_stack_of
 from penstock.replica.messages import ReplicaDied, ReplicaInfo, ReplicaLink, StepReport
 from penstock.replica.replica import Replica
 
@@ -61,7 +61,7 @@ class ThreadLink:
         from penstock.engine.build import Stages, build_engine
 
         self._engine = build_engine(settings, source, source.name, Stages())
-        self._replica = Replica(self._engine.limits, make_stack(settings.policies))
+        self._replica = Replica(self._engine.limits, make_stack_of(settings))
         self._commands: deque[Request | tuple[str, CancelReason]] = deque()
         self._wake = threading.Event()
         self._callback: Report | None = None

@@ -15,7 +15,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -213,6 +213,9 @@ def config_page() -> str:
         "## `[slo.NAME]`",
         "The latency targets of a class of requests, in milliseconds: `ttft_p99_ms`, `tpot_p99_ms`, "
         "`e2e_p99_ms`; each may be left out. In the file only.",
+        "## `[tenants.NAME]`",
+        "What one tenant is granted: `weight`, its share of the service relative to others (default 1). In "
+        "the file only.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -324,7 +327,20 @@ def policies_page() -> str:
 def _policy(entry: Entry[Any]) -> str:
     """Its name, what its class says of itself, where it comes from."""
     text = inspect.getdoc(entry.make) or ""
-    return f"### `{entry.name}`\n\n{text}\n\nSource: {entry.source}."
+    parts = [f"### `{entry.name}`", text, f"Source: {entry.source}."]
+    rows = [
+        (
+            f"`{item.name}`",
+            f"`{_toml(item.default)}`",
+            _bounds(item.metadata["low"], item.metadata["high"]),
+            item.metadata["help"],
+        )
+        for item in fields(entry.options)
+    ]
+    if rows:
+        parts.append(f"Options, in `[policies.options.{entry.name}]`:")
+        parts.append(_table(("Key", "Default", "Bounds", "Meaning"), rows))
+    return "\n\n".join(parts)
 
 
 def _preset_rows() -> list[tuple[str, ...]]:
@@ -386,7 +402,7 @@ def _info() -> ReplicaInfo:
         step_tokens_max=settings.replica.step_tokens,
         device="cpu",
         dtype="bfloat16",
-        policies=asdict(settings.policies),
+        policies=settings.policies.names(),
         startup_s={"import": 1.0, "weights": 1.0, "kv_pool": 1.0, "warm_up": 1.0},
     )
 

@@ -369,7 +369,7 @@ def test_the_recipe_for_a_policy_works() -> None:
     """The example of CONTRIBUTING, run in a registry of its own."""
     fence = next(fence for fence in fences(text_of("CONTRIBUTING.md")) if "@RANK.register" in fence.body)
     registry = type(REGISTRIES["rank"])("rank")
-    code = re.sub(r"import RANK, RankKey", "import RankKey", fence.body)
+    code = re.sub(r"import RANK, Rank, RankKey", "import Rank, RankKey", fence.body)
     scope: dict[str, Any] = {"RANK": registry, "__name__": "example"}
     exec(compile(code, "CONTRIBUTING.md", "exec"), scope)  # noqa: S102 our own document
     assert registry.names() == ["shortest-prompt"]

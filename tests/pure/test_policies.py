@@ -9,7 +9,7 @@ from penstock.core.errors import ConfigError
 from penstock.core.request import Request
 from penstock.core.settings import PolicySettings
 from penstock.policies.registry import Registry
-from penstock.policies.retain.lru import Lru
+from penstock.policies.retain import RETAIN
 from penstock.policies.stack import REGISTRIES, make_stack
 
 
@@ -47,7 +47,7 @@ def test_stacks_share_no_state() -> None:
 
 
 def test_lru_drops_what_was_unused_longest() -> None:
-    lru, request = Lru(), Request("a", 1, 1, 0.0)
+    lru, request = RETAIN.make("lru"), Request("a", 1, 1, 0.0)
     for block in (1, 2, 3):
         lru.parked(block, request, 0.0)
     lru.revived(1)

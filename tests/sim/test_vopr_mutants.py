@@ -19,6 +19,7 @@ from penstock.core.reasons import CancelReason, FinishReason
 from penstock.core.request import Request
 from penstock.desk.desk import Desk
 from penstock.replica import replica as replica_module
+from penstock.replica import results as results_module
 from penstock.replica import sequence as sequence_module
 from penstock.replica.kv_pool import KVPool
 from penstock.replica.lane import DecodeLane
@@ -301,8 +302,8 @@ def a_stop_string_ends_as_cancelled(patch: Patch) -> None:
 
 @mutant("clock")
 def a_token_is_told_before_its_time(patch: Patch) -> None:
-    make = replica_module._token_event
-    patch.setattr(replica_module, "_token_event", lambda *rest: replace(make(*rest), at_s=0.0))
+    make = results_module._token_event
+    patch.setattr(results_module, "_token_event", lambda *rest: replace(make(*rest), at_s=0.0))
 
 
 @mutant("feasible")

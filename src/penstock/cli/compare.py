@@ -230,11 +230,11 @@ class _Load:
 
 def _settings_of(spec: StackSpec, config: Path | None, flags: dict[str, Any]) -> Settings:
     """Raises ConfigError for an unknown preset or policy."""
-    from penstock.policies.stack import make_stack
+    from penstock.policies.stack import make_stack_of
 
     given = {key: value for key, value in spec.flags().items() if value is not None}
     settings = read_settings(config, flags | given).settings
-    make_stack(settings.policies)
+    make_stack_of(settings)
     return settings
 
 

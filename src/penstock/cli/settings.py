@@ -76,11 +76,21 @@ def policies(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")
 
     Example: `penstock policies --json`
     """
+    from dataclasses import fields
+
     from penstock.policies.stack import REGISTRIES, load_preset, preset_names
 
-    slots = {
+    slots: dict[str, list[dict[str, Any]]] = {
         slot: [
-            {"name": entry.name, "summary": entry.summary, "source": entry.source}
+            {
+                "name": entry.name,
+                "summary": entry.summary,
+                "source": entry.source,
+                "options": {
+                    item.name: {"default": item.default, "help": item.metadata["help"]}
+                    for item in fields(entry.options)
+                },
+            }
             for entry in registry.entries()
         ]
         for slot, registry in REGISTRIES.items()
@@ -93,6 +103,9 @@ def policies(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")
         print(slot)
         for entry in entries:
             print(f"  {entry['name']:<20} {entry['summary']}\n  {'':<20} {entry['source']}")
+            options: dict[str, Any] = entry["options"]
+            for name, option in options.items():
+                print(f"  {'':<20} {name} = {option['default']}: {option['help']}")
     print("presets")
     for name, preset in presets.items():
         stack = ", ".join(f"{slot}={policy}" for slot, policy in preset["policies"].items())

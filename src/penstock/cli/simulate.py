@@ -200,7 +200,6 @@ def _configuration(
     fleet: Sequence[TwinReplica],
     clients: Clients,
 ) -> dict[str, Any]:
-    from dataclasses import asdict
 
     limits = fleet[0].replica.limits
     return {
@@ -213,7 +212,7 @@ def _configuration(
         "length_divisor": shape.length_divisor,
         "loop": "closed" if clients.closed_loop else "open",
         "concurrency_max": clients.concurrency_max,
-        **{f"policies.{slot}": name for slot, name in asdict(settings.policies).items()},
+        **{f"policies.{slot}": name for slot, name in settings.policies.names().items()},
         "kv_blocks": limits.kv_blocks,
         "running_max": limits.running_max,
         "step_tokens": limits.step_tokens_max,

@@ -10,6 +10,7 @@ keys, wrong types and numbers out of bounds are errors that name the key, its or
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, fields, is_dataclass
@@ -17,7 +18,7 @@ from typing import Any, get_type_hints
 
 from penstock.core.errors import ConfigError
 from penstock.core.metrics import Slo
-from penstock.core.settings import Settings
+from penstock.core.settings import Settings, TenantSettings
 
 ENV_PREFIX = "PENSTOCK_"
 # Environment names of ours that are no settings.
@@ -25,6 +26,7 @@ ENV_OTHER = frozenset({"PENSTOCK_CACHE_DIR", "PENSTOCK_MARCH"})
 SECRET_KEYS = frozenset({"gateway.api_keys"})
 
 _SLO_KEYS = {"ttft_p99_ms": "ttft_ms", "tpot_p99_ms": "tpot_ms", "e2e_p99_ms": "e2e_ms"}
+_NAMED_TABLES = ("slo", "tenants")  # tables of tables, whose names are the user's
 _BOOLEANS = {
     "true": True,
     "1": True,
@@ -63,7 +65,7 @@ def resolve(
 ) -> Resolved:
     """Merge the layers. `flags` maps dotted keys to values; None means not given. Raises ConfigError."""
     known = _known_fields()
-    from_file, slos = _read_file(file_text, file_name, known)
+    from_file, slos, tenants = _read_file(file_text, file_name, known)
     from_env = _read_environment(environ, known)
     from_flags = {key: value for key, value in flags.items() if value is not None}
     layers = [(from_file, f"file {file_name}"), (from_env, "environment"), (from_flags, "flag")]
@@ -75,12 +77,13 @@ def resolve(
         layers.insert(0, (_flatten_preset(load_preset(str(preset))), f"preset {preset}"))
     for layer, origin in layers:
         for key, raw in layer.items():
-            values[key] = _coerce(key, raw, known[key], origin)
+            value = coerce_setting(key, raw, known[key], origin)
+            values[key] = _merged(values[key], value) if isinstance(value, dict) else value
             origins[key] = origin
-    for name, slo in slos.items():
-        values[f"slo.{name}"] = slo
-        origins[f"slo.{name}"] = f"file {file_name}"
-    return Resolved(_build(values, slos), origins, values)
+    for section, tables in (("slo", slos), ("tenants", tenants)):
+        values |= {f"{section}.{name}": table for name, table in tables.items()}
+        origins |= {f"{section}.{name}": f"file {file_name}" for name in tables}
+    return Resolved(_build(values, slos, tenants), origins, values)
 
 
 def environment_name(key: str) -> str:
@@ -101,14 +104,14 @@ def setting_bounds() -> dict[str, tuple[float | None, float | None]]:
 
 
 def _known_fields() -> dict[str, Field[Any]]:
-    """Dotted key → field, of all plain settings; `[slo.*]` is read by itself."""
+    """Dotted key → field, of all plain settings; `[slo.*]` and `[tenants.*]` are read by themselves."""
     known: dict[str, Field[Any]] = {}
     hints = get_type_hints(Settings)
     for field in fields(Settings):
         kind = hints[field.name]
         if is_dataclass(kind):
             known |= {f"{field.name}.{inner.name}": inner for inner in fields(kind)}
-        elif field.name != "slo":
+        elif field.name not in _NAMED_TABLES:
             known[field.name] = field
     return known
 
@@ -119,9 +122,9 @@ def _default(field: Field[Any]) -> Any:
 
 def _read_file(
     text: str | None, name: str, known: Mapping[str, Field[Any]]
-) -> tuple[dict[str, Any], dict[str, Slo]]:
+) -> tuple[dict[str, Any], dict[str, Slo], dict[str, TenantSettings]]:
     if text is None:
-        return {}, {}
+        return {}, {}, {}
     try:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -129,6 +132,7 @@ def _read_file(
             f"{name} is not valid TOML: {error}", hint="See `docs/config.md` for an example."
         ) from error
     slos = _read_slos(tree.pop("slo", {}), name)
+    tenants = _read_tenants(tree.pop("tenants", {}), name)
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -138,7 +142,29 @@ def _read_file(
     for key in flat:
         if key not in known:
             raise _unknown_key(key, list(known), f"in {name}")
-    return flat, slos
+    return flat, slos, tenants
+
+
+def _read_tenants(tree: Any, name: str) -> dict[str, TenantSettings]:
+    known = {item.name: item for item in fields(TenantSettings)}
+    tenants = {}
+    for tenant, table in tree.items() if isinstance(tree, dict) else ():
+        if not isinstance(table, dict):
+            raise ConfigError(
+                f"`tenants.{tenant}` in {name} must be a table", hint=f"Write `[tenants.{tenant}]`."
+            )
+        for key in table:
+            if key not in known:
+                raise _unknown_key(
+                    f"tenants.{tenant}.{key}", [f"tenants.{tenant}.{k}" for k in known], f"in {name}"
+                )
+        tenants[tenant] = TenantSettings(
+            **{
+                key: coerce_setting(f"tenants.{tenant}.{key}", raw, known[key], f"file {name}")
+                for key, raw in table.items()
+            }
+        )
+    return tenants
 
 
 def _read_slos(tree: Any, name: str) -> dict[str, Slo]:
@@ -178,8 +204,8 @@ def _flatten_preset(preset: dict[str, Any]) -> dict[str, Any]:
     return {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
 
 
-def _coerce(key: str, raw: Any, field: Field[Any], origin: str) -> Any:
-    """`raw` in the type of the field's default, within its bounds."""
+def coerce_setting(key: str, raw: Any, field: Field[Any], origin: str) -> Any:
+    """`raw` in the type of the field's default, within its bounds. Raises ConfigError naming `key`."""
     default = _default(field)
     try:
         value = _convert(raw, default)
@@ -207,9 +233,27 @@ def _convert(raw: Any, default: Any) -> Any:
         return tuple(item.strip() for item in items if item.strip())
     if isinstance(default, int | float):
         return _convert_number(raw, type(default))
+    if isinstance(default, dict):
+        return _convert_tables(raw)
     if not isinstance(raw, str):
         raise ValueError("must be a string")
     return raw
+
+
+def _convert_tables(raw: Any) -> dict[str, dict[str, Any]]:
+    if isinstance(raw, str):
+        try:
+            raw = json.loads(raw)
+        except (ValueError, RecursionError):
+            raise ValueError("must be JSON") from None
+    if not isinstance(raw, dict) or not all(isinstance(table, dict) for table in raw.values()):
+        raise ValueError("must be a table of tables")
+    return raw
+
+
+def _merged(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    """Tables of a layer laid over those of the layers below it, key by key."""
+    return low | {name: low.get(name, {}) | table for name, table in high.items()}
 
 
 def _convert_number(raw: Any, kind: type[int] | type[float]) -> int | float:
@@ -227,13 +271,14 @@ def _convert_number(raw: Any, kind: type[int] | type[float]) -> int | float:
     return value
 
 
-def _build(values: Mapping[str, Any], slos: dict[str, Slo]) -> Settings:
+def _build(values: Mapping[str, Any], slos: dict[str, Slo], tenants: dict[str, TenantSettings]) -> Settings:
+    named: dict[str, Any] = {"slo": slos, "tenants": tenants}
     hints = get_type_hints(Settings)
     arguments: dict[str, Any] = {}
     for field in fields(Settings):
         kind = hints[field.name]
-        if field.name == "slo":
-            arguments["slo"] = slos
+        if field.name in named:
+            arguments[field.name] = named[field.name]
         elif is_dataclass(kind):
             inner = {item.name: values[f"{field.name}.{item.name}"] for item in fields(kind)}
             arguments[field.name] = kind(**inner)  # type: ignore[operator]

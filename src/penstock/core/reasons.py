@@ -29,6 +29,7 @@ class PreemptReason(StrEnum):
     """Why a running sequence gave its KV back."""
 
     KV_EXHAUSTED = "kv_exhausted"  # a higher-ranked sequence needed a block
+    OUTRANKED = "outranked"  # a higher-ranked one that waited took its place
 
 
 class CancelReason(StrEnum):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from penstock.core.metrics import Slo
+
 _EMPTY: frozenset[int] = frozenset()
 
 
@@ -55,6 +57,13 @@ class Request:
     session_id: str | None = None
     cache_salt: str = ""  # prefixes are shared only between requests of equal salt
     leader_id: str | None = None  # a sibling with the same prompt that computes it for both
+    # Hints: they change when something is computed, never what.
+    program_id: str | None = None  # the agent's run that this call is a turn of
+    is_last_turn: bool = False  # the program says that no turn follows
+    tool: str | None = None  # what the program will call before its next turn
+    group_id: str | None = None  # requests of one batch that begin alike
+    shared_len: int = 0  # prompt tokens that the group has in common
+    slo: Slo | None = None  # its own targets, instead of its class's
 
     def __post_init__(self) -> None:
         assert self.prompt_len >= 1 and self.max_output_tokens >= 1, "the gateway refuses empty work"

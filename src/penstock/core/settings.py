@@ -6,7 +6,7 @@ into these, and `penstock config show` prints them. A field's metadata carries i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from penstock.core.metrics import Slo
@@ -48,6 +48,20 @@ class PolicySettings:
     compose: str = setting("sarathi", "tokens of each sequence in the next step")
     preempt: str = setting("youngest-recompute", "victim and manner when KV runs out")
     retain: str = setting("lru", "which unused KV to drop first")
+    options: dict[str, dict[str, Any]] = setting(
+        dict, "settings of single policies: a table `[policies.options.NAME]` each; JSON in the environment"
+    )
+
+    def names(self) -> dict[str, str]:
+        """Slot → policy."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "options"}
+
+
+@dataclass(frozen=True, slots=True)
+class TenantSettings:
+    """`[tenants.NAME]`: what the operator grants one tenant."""
+
+    weight: float = setting(1.0, "share of the service relative to other tenants", low=1e-3, high=1e6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,3 +132,5 @@ class Settings:
     record: RecordSettings = field(default_factory=RecordSettings)
     twin: TwinSettings = field(default_factory=TwinSettings)
     slo: dict[str, Slo] = field(default_factory=dict)
+    seed: int = setting(0, "of every policy that draws at random", low=0, high=1 << 62)
+    tenants: dict[str, TenantSettings] = field(default_factory=dict)

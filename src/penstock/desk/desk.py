@@ -1,7 +1,8 @@
 """Who may enter, and who goes to the engine next.
 
 The engine gets a short queue of its own (its running slots and `engine_ahead` more); everybody else waits
-here, where the order can still change and a cancelled request costs nothing. The line is bounded in requests,
+here, where a cancelled request costs nothing. Where the engine's `rank` policy reorders, it gets the whole
+queue, to see all that it chooses from. The line is bounded in requests,
 in tokens and in expected wait, and whatever enters leaves exactly once: released and finished, or cancelled.
 
 Pure: time is handed in, nothing blocks. Entry and release cost O(log waiting).
@@ -39,7 +40,8 @@ class Desk:
     ) -> None:
         self._settings = settings
         self._rank_key = rank_key
-        self._engine_window = capacity.running_max + settings.engine_ahead
+        ahead = settings.queue_requests_max if capacity.takes_queue else settings.engine_ahead
+        self._engine_window = capacity.running_max + ahead
         self._waiting: dict[str, Request] = {}
         self._inside: dict[str, Request] = {}
         # Entries of cancelled requests stay in the heap until they surface or are compacted away.

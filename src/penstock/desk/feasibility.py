@@ -16,6 +16,7 @@ class Capacity:
     kv_block_tokens: int
     kv_blocks: int
     running_max: int
+    takes_queue: bool = False  # it sorts the whole queue itself, and nobody waits at the desk
 
     @property
     def kv_tokens(self) -> int:

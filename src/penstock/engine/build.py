@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -90,7 +90,7 @@ def build_engine(
         step_tokens_max=limits.step_tokens_max,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
-        policies=asdict(settings.policies),
+        policies=settings.policies.names(),
         fingerprint=fingerprint(settings, source.path, str(device), str(dtype)),
     )
     return Engine(executor, limits, info)
@@ -151,5 +151,5 @@ def _limits(replica: ReplicaSettings, config: ModelConfig, kv_blocks: int) -> Re
 
 def fingerprint(settings: Settings, path: Path, device: str, dtype: str) -> str:
     """Names the build, the model, the arithmetic and the policy stack: what equal output depends on."""
-    parts = (__version__, torch.__version__, path.name, device, dtype, *asdict(settings.policies).values())
+    parts = (__version__, torch.__version__, path.name, device, dtype, *settings.policies.names().values())
     return f"penstock-{__version__}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:10]}"

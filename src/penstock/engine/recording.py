@@ -17,6 +17,7 @@ from penstock.core.request import Request
 from penstock.core.settings import Settings
 from penstock.core.step import StepPlan, StepResult
 from penstock.core.step_trace import StepRecord, StepTimes
+from penstock.policies.stack import terms_of
 from penstock.replica import journal
 from penstock.replica.journal import Journal
 from penstock.replica.limits import ReplicaLimits
@@ -35,7 +36,7 @@ class Recording:
         self._journal: Journal | None = None
         self._steps: LineFile | None = None
         if wanted.journal:
-            file = self._open(wanted.journal, journal.header(limits, settings.policies))
+            file = self._open(wanted.journal, journal.header(limits, settings.policies, terms_of(settings)))
             self._journal = Journal(limits.kv_block_tokens, secrets.token_bytes(SALT_BYTES), file.write)
         if wanted.steps:
             self._steps = self._open(wanted.steps, step_trace.header())

@@ -29,7 +29,7 @@ from penstock.core.step_trace import StepRecord, StepTimes
 from penstock.engine.recording import Recording
 from penstock.engine.threads import wait_briefly
 from penstock.models.source import ModelSource
-from penstock.policies.stack import make_stack
+from penstock.policies.stack import make_stack_of
 from penstock.replica.messages import ReplicaInfo, StepReport
 from penstock.replica.replica import Replica
 
@@ -124,7 +124,7 @@ def _start(
 
 def warm_up(engine: Engine, settings: Settings) -> None:
     """One short request through the real path, so that the first user does not pay for first calls."""
-    replica = Replica(engine.limits, make_stack(settings.policies))
+    replica = Replica(engine.limits, make_stack_of(settings))
     prompt = [0] * min(8, engine.limits.context_len_max - 2)
     replica.submit(Request("warm-up", len(prompt), 2, 0.0, prompt_tokens=prompt), 0.0)
     while (plan := replica.plan(0.0)) is not None:
@@ -147,7 +147,7 @@ class _Loop:
         self._heartbeat = heartbeat
         self._engine = engine
         self._settings = settings
-        self._replica = Replica(engine.limits, make_stack(settings.policies))
+        self._replica = Replica(engine.limits, make_stack_of(settings))
         self._failures = 0
         self._left_s: float | None = None  # when the last step was done; None where there was no work since
         self._recording = recording
@@ -251,5 +251,5 @@ class _Loop:
             self._connection.send(StepReport(events, self._replica.stats()))
             raise error
         self._engine.executor.reset()
-        self._replica = Replica(self._engine.limits, make_stack(self._settings.policies))
+        self._replica = Replica(self._engine.limits, make_stack_of(self._settings))
         return events

@@ -35,6 +35,7 @@ from penstock.gateway.state import Gateway
 from penstock.gateway.switchboard import OutcomeHook, Recorder, Switchboard
 from penstock.gateway.text import MakeDetokenizer, Template, Tokenizer
 from penstock.models.detokenize import IncrementalDetokenizer
+from penstock.policies.stack import rank_class
 from penstock.replica.messages import ReplicaInfo, ReplicaLink
 
 CLIENT_CLOSED_STATUS = 499  # nobody reads it; it marks the case in logs
@@ -113,6 +114,7 @@ def _make_gateway(
 
 
 def _served(info: ReplicaInfo, tokenizer: Tokenizer, settings: Settings) -> Served:
+    rank = rank_class(info.policies["rank"])
     return Served(
         model=settings.served_model_name or info.model,
         capacity=Capacity(
@@ -120,11 +122,12 @@ def _served(info: ReplicaInfo, tokenizer: Tokenizer, settings: Settings) -> Serv
             kv_block_tokens=info.kv_block_tokens,
             kv_blocks=info.kv_blocks,
             running_max=info.running_max,
+            takes_queue=rank.reorders,
         ),
         vocab_size=tokenizer.vocab_size,
         eos_ids=frozenset(tokenizer.eos_ids),
         choices_max=settings.gateway.choices_max,
-        is_priority_ranked="priority" in info.policies.get("rank", ""),
+        is_priority_ranked=rank.reads_priority,
     )
 
 

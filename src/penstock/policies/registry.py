@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Generic, TypeVar, cast
 
+from penstock.core.config import coerce_setting
 from penstock.core.errors import ConfigError
+from penstock.policies.base import Policy
+from penstock.policies.context import Context
 
 Part = TypeVar("Part")
 
@@ -19,7 +22,17 @@ class Entry(Generic[Part]):
     name: str
     summary: str
     source: str
-    make: Callable[[], Part]
+    make: type[Part]
+
+    @property
+    def options(self) -> type[Any]:
+        """The dataclass of its settings."""
+        return cast(type[Policy], self.make).Options
+
+    @property
+    def conflicts(self) -> Mapping[str, str]:
+        """Policy of another slot → why the two cannot stand in one stack."""
+        return cast(type[Policy], self.make).conflicts
 
 
 class Registry(Generic[Part]):
@@ -42,8 +55,16 @@ class Registry(Generic[Part]):
 
         return add
 
-    def make(self, name: str) -> Part:
-        """A fresh policy. Raises ConfigError with the nearest names."""
+    def make(
+        self, name: str, context: Context | None = None, options: Mapping[str, Any] | None = None
+    ) -> Part:
+        """A fresh policy. Raises ConfigError with the nearest names, and for options that are wrong."""
+        entry = self.entry(name)
+        policy = cast(type[Any], entry.make)
+        return cast(Part, policy(context or Context(), _parse_options(entry, options or {})))
+
+    def entry(self, name: str) -> Entry[Part]:
+        """Raises ConfigError with the nearest names."""
         entry = self._entries.get(name)
         if entry is None:
             raise ConfigError(
@@ -51,13 +72,24 @@ class Registry(Generic[Part]):
                 hint=f"{nearest(name, self.names())}. Run `penstock policies` for the list.",
                 param=f"policies.{self.slot}",
             )
-        return entry.make()
+        return entry
 
     def names(self) -> list[str]:
         return sorted(self._entries)
 
     def entries(self) -> list[Entry[Part]]:
         return [self._entries[name] for name in self.names()]
+
+
+def _parse_options(entry: Entry[Any], given: Mapping[str, Any]) -> Any:
+    where = f"policies.options.{entry.name}"
+    known = {item.name: item for item in fields(entry.options)}
+    for key in given:
+        if key not in known:
+            hint = f"{nearest(key, sorted(known))}." if known else "This policy has no options."
+            raise ConfigError(f"`{where}.{key}` is not an option.", hint=hint, param=where)
+    values = {key: coerce_setting(f"{where}.{key}", raw, known[key], "options") for key, raw in given.items()}
+    return entry.options(**values)
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import tomllib
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from types import ModuleType
 from typing import Any
 
 from penstock.core.errors import ConfigError
-from penstock.core.settings import PolicySettings
+from penstock.core.settings import PolicySettings, Settings
 from penstock.policies import admit, compose, preempt, rank, retain
 from penstock.policies.admit import ADMIT, Admit
+from penstock.policies.base import HOOKS, Observer
 from penstock.policies.compose import COMPOSE, Compose
+from penstock.policies.context import Context, ServiceTerms
 from penstock.policies.preempt import PREEMPT, Preempt
 from penstock.policies.rank import RANK, Rank
 from penstock.policies.registry import Registry, nearest
@@ -43,18 +46,82 @@ REGISTRIES: dict[str, Registry[Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """Fresh policies of one replica; they keep private state, so a stack is never shared."""
+    """Fresh policies of one replica; they keep private state, so a stack is never shared.
+
+    `hooks`: name of an observer's method → the bound methods of all policies and estimators that override it.
+    """
 
     rank: Rank
     admit: Admit
     compose: Compose
     preempt: Preempt
     retain: Retain
+    hooks: Mapping[str, Sequence[Callable[..., Any]]]
 
 
-def make_stack(policies: PolicySettings) -> Stack:
-    """Raises ConfigError naming the slot and the nearest policies."""
-    return Stack(**{slot: REGISTRIES[slot].make(name) for slot, name in asdict(policies).items()})
+def make_stack(policies: PolicySettings, terms: ServiceTerms | None = None) -> Stack:
+    """Raises ConfigError naming the slot and the nearest policies, a wrong option, or a conflict."""
+    names = policies.names()
+    _check_options(policies)
+    if (conflict := conflict_in(names)) is not None:
+        slot, other, why = conflict
+        raise ConfigError(
+            f"`{slot} = {names[slot]}` and `{other} = {names[other]}` cannot stand together: {why}.",
+            hint=f"Choose another policy for `{slot}` or `{other}`.",
+            param=f"policies.{slot}",
+        )
+    context = Context(terms)
+    parts = {
+        slot: REGISTRIES[slot].make(name, context, policies.options.get(name)) for slot, name in names.items()
+    }
+    return Stack(**parts, hooks=_hooks([*context.estimators, *parts.values()]))
+
+
+def make_stack_of(settings: Settings) -> Stack:
+    """The stack of a replica that runs on these settings. Raises as `make_stack`."""
+    return make_stack(settings.policies, terms_of(settings))
+
+
+def rank_class(name: str) -> type[Rank]:
+    """What the desk and the gateway ask of a rank policy without making one. Raises ConfigError."""
+    return RANK.entry(name).make
+
+
+def terms_of(settings: Settings) -> ServiceTerms:
+    """What the settings promise to classes and tenants."""
+    return ServiceTerms(
+        settings.slo, {name: tenant.weight for name, tenant in settings.tenants.items()}, settings.seed
+    )
+
+
+def _check_options(policies: PolicySettings) -> None:
+    """Options of a policy that the stack leaves out may stand, those of an unknown one are a typo."""
+    known = [name for registry in REGISTRIES.values() for name in registry.names()]
+    for name in policies.options:
+        if name not in known:
+            raise ConfigError(
+                f"`policies.options.{name}` is for no known policy.",
+                hint=nearest(name, known),
+                param=f"policies.options.{name}",
+            )
+
+
+def conflict_in(names: Mapping[str, str]) -> tuple[str, str, str] | None:
+    """Two slots whose policies cannot stand in one stack, and why. Raises ConfigError for unknown names."""
+    for slot, name in names.items():
+        conflicts = REGISTRIES[slot].entry(name).conflicts
+        for other_slot, other in names.items():
+            if other in conflicts:
+                return slot, other_slot, conflicts[other]
+    return None
+
+
+def _hooks(observers: Sequence[Observer]) -> dict[str, list[Callable[..., Any]]]:
+    return {hook: [getattr(each, hook) for each in observers if _overrides(each, hook)] for hook in HOOKS}
+
+
+def _overrides(observer: Observer, hook: str) -> bool:
+    return getattr(type(observer), hook) is not getattr(Observer, hook)
 
 
 def preset_names() -> list[str]:
@@ -71,4 +138,4 @@ def load_preset(name: str) -> dict[str, Any]:
     return tomllib.loads(text)
 
 
-assert set(REGISTRIES) == {item.name for item in fields(PolicySettings)} == {f.name for f in fields(Stack)}
+assert list(REGISTRIES) == list(PolicySettings().names())

@@ -6,7 +6,19 @@ import collections.abc
 from dataclasses import dataclass
 from typing import Protocol
 
+from penstock.core.reasons import WaitReason
 from penstock.core.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class StepFacts:
+    """One executed plan, as observers hear of it. `decode_context` is of the first of its `steps`."""
+
+    prefills: tuple[tuple[int, int], ...]  # (new tokens, context after them) of each chunk
+    decodes: int
+    decode_context: int  # tokens in the KV of all that decoded, their new ones included
+    steps: int
+    seconds: float  # of all steps together, by the executor's clock
 
 
 class SequenceView(Protocol):
@@ -31,8 +43,19 @@ class SequenceView(Protocol):
     @property
     def output_len(self) -> int: ...
     @property
+    def output_left(self) -> int:
+        """Until its maximum."""
+
+    @property
     def is_decoding(self) -> bool:
         """Has output, and exactly one token without KV."""
+
+    @property
+    def block_count(self) -> int:
+        """KV blocks it holds now, shared ones included."""
+
+    @property
+    def first_token_s(self) -> float | None: ...
 
 
 class ReplicaView(Protocol):
@@ -48,6 +71,20 @@ class ReplicaView(Protocol):
 
     @property
     def running_count(self) -> int: ...
+    @property
+    def waiting(self) -> collections.abc.Iterable[SequenceView]:
+        """In rank order, as of the last plan or submission."""
+
+    @property
+    def waiting_count(self) -> int: ...
+    @property
+    def decode_clock(self) -> int:
+        """Decode steps so far: each advanced every decoding sequence that was not paused by one token."""
+
+    @property
+    def decode_context(self) -> int:
+        """Tokens in the KV of all decoding sequences."""
+
     @property
     def prefilling(self) -> collections.abc.Sequence[SequenceView]: ...
     @property
@@ -74,3 +111,11 @@ class Candidate:
     cached_len: int  # tokens found in the prefix index
     blocks_cached: int  # blocks of those
     blocks_revived: int  # of these, how many count as available now and will not once they are taken
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The head of the queue cannot start, for want of a slot or of KV."""
+
+    candidate: Candidate
+    reason: WaitReason

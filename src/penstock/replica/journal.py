@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any, Final
 
 from penstock.core.events import Finished, ReplicaEvent
 from penstock.core.request import Request
 from penstock.core.settings import PolicySettings
 from penstock.core.step import StepPlan, StepResult
+from penstock.policies.context import ServiceTerms
 from penstock.replica.limits import ReplicaLimits
 from penstock.replica.sequence import Sequence as Content
 
 FORMAT: Final = "penstock-journal"
-VERSION: Final = 1
+VERSION: Final = 2
+HINTS: Final = ("program_id", "is_last_turn", "tool", "group_id", "shared_len")
+_NO_HINTS: Final = {item.name: item.default for item in fields(Request) if item.name in HINTS}
 KEY_BYTES: Final = 8
 NEVER_STARTED: Final = -1
 
@@ -58,6 +61,7 @@ class Journal:
                 "session_id": request.session_id,
                 "leader_id": request.leader_id,
                 "scores_prompt": request.sampling.prompt_logprobs,
+                "hints": hints_of(request),
                 "keys": self._keys(shadow, 0, request.prompt_len) if shadow.is_keyed else None,
             }
         )
@@ -89,7 +93,14 @@ class Journal:
         for request_id, *_ in finished:
             self._forget(request_id)
         self._write(
-            {"call": "complete", "at_s": now_s, "stopped": stopped, "keys": keys, "finished": finished}
+            {
+                "call": "complete",
+                "at_s": now_s,
+                "duration_s": result.duration_s,
+                "stopped": stopped,
+                "keys": keys,
+                "finished": finished,
+            }
         )
 
     def failed(self, now_s: float) -> None:
@@ -112,9 +123,24 @@ class Journal:
             self._by_seq.pop(shadow.seq_id, None)
 
 
-def header(limits: ReplicaLimits, policies: PolicySettings) -> Line:
-    """The first line: what the replica decides within, and by which policies."""
-    return {"format": FORMAT, "version": VERSION, "limits": asdict(limits), "policies": asdict(policies)}
+def header(limits: ReplicaLimits, policies: PolicySettings, terms: ServiceTerms) -> Line:
+    """The first line: what the replica decides within, by which policies, and on which terms."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "limits": asdict(limits),
+        "policies": policies.names(),
+        "options": policies.options,
+        "slos": {name: asdict(slo) for name, slo in terms.slos.items()},
+        "tenant_weights": dict(terms.tenant_weights),
+        "seed": terms.seed,
+    }
+
+
+def hints_of(request: Request) -> Line:
+    """The request's hints that differ from the defaults, as JSON would read them back."""
+    found = {name: value for name in HINTS if (value := getattr(request, name)) != _NO_HINTS[name]}
+    return found | ({} if request.slo is None else {"slo": asdict(request.slo)})
 
 
 def plan_facts(plan: StepPlan) -> Line:

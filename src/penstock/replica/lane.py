@@ -22,9 +22,15 @@ class DecodeLane:
     def __init__(self, block_tokens: int) -> None:
         self.clock = 0  # steps that the lane has advanced
         self.members: dict[int, Sequence] = {}
+        self._offsets = 0  # the sum over members
         self._block_tokens = block_tokens
         self._edges: list[dict[int, Sequence]] = [{} for _ in range(block_tokens)]
         self._finishes: list[tuple[int, int, Sequence]] = []
+
+    @property
+    def context(self) -> int:
+        """Tokens in the KV of all members."""
+        return self._offsets + self.clock * len(self.members)
 
     def join(self, sequence: Sequence) -> None:
         """From now on `sequence` advances with the lane, for `output_left` more tokens at most."""
@@ -33,6 +39,7 @@ class DecodeLane:
         sequence.finish_clock = self.clock + output_left
         sequence.lane = self
         self.members[sequence.seq_id] = sequence
+        self._offsets += sequence.offset
         self._edges[-sequence.offset % self._block_tokens][sequence.seq_id] = sequence
         heapq.heappush(self._finishes, (sequence.finish_clock, sequence.arrival_index, sequence))
 
@@ -42,12 +49,14 @@ class DecodeLane:
         sequence.computed = sequence.computed_len
         del self._edges[-sequence.offset % self._block_tokens][sequence.seq_id]
         del self.members[sequence.seq_id]
+        self._offsets -= sequence.offset
         sequence.lane = None
 
     def pause(self, sequence: Sequence) -> None:
         """Leave `sequence` out of the next advance."""
         del self._edges[-sequence.offset % self._block_tokens][sequence.seq_id]
         sequence.offset -= 1
+        self._offsets -= 1
         sequence.finish_clock += 1
         self._edges[-sequence.offset % self._block_tokens][sequence.seq_id] = sequence
         heapq.heappush(self._finishes, (sequence.finish_clock, sequence.arrival_index, sequence))
@@ -90,6 +99,7 @@ class DecodeLane:
         for position, edge in enumerate(self._edges):
             for sequence in edge.values():
                 assert (sequence.computed_len - self.clock + position) % self._block_tokens == 0
+        assert self.context == sum(sequence.computed_len for sequence in self.members.values())
         live = {entry[2].seq_id for entry in self._finishes if not self._is_stale(entry)}
         assert live == set(self.members), "each member has its end in the heap"
 

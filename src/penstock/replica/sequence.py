@@ -108,6 +108,10 @@ class Sequence:
         return self.request.max_output_tokens - self.output_len
 
     @property
+    def block_count(self) -> int:
+        return len(self.blocks)
+
+    @property
     def is_decoding(self) -> bool:
         return self.lane is not None
 

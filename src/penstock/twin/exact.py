@@ -15,17 +15,20 @@ from typing import Any, Final
 
 from penstock.core.errors import RequestError
 from penstock.core.events import Finished
+from penstock.core.metrics import Slo
 from penstock.core.reasons import CancelReason
 from penstock.core.request import Request, SamplingParams
 from penstock.core.settings import PolicySettings
 from penstock.core.step import StepPlan, StepResult
+from penstock.policies.context import ServiceTerms
 from penstock.policies.stack import make_stack
-from penstock.replica.journal import FORMAT, VERSION, finished_facts, plan_facts
+from penstock.replica.journal import FORMAT, HINTS, VERSION, finished_facts, plan_facts
 from penstock.replica.limits import ReplicaLimits
 from penstock.replica.replica import Replica
 from penstock.workloads.fields import object_of, required, shown, time_of
 from penstock.workloads.lines import Lines
 
+_NAMES: Final = ("program_id", "tool", "group_id")
 TEXT_CHARS_MAX: Final = 4096
 COUNT_MAX: Final = 1 << 24
 BLOCK_TOKENS_MAX: Final = 1 << 16
@@ -79,11 +82,14 @@ _Parted = tuple[str, str, str]  # what, live, twin
 class _Twin:
     """The replica under test, and what the journal has told of its requests."""
 
-    def __init__(self, lines: Lines, limits: ReplicaLimits, policies: PolicySettings) -> None:
+    def __init__(
+        self, lines: Lines, limits: ReplicaLimits, policies: PolicySettings, terms: ServiceTerms
+    ) -> None:
         self._lines = lines
         self._limits = limits
         self._policies = policies
-        self._replica = Replica(limits, make_stack(policies))
+        self._terms = terms
+        self._replica = Replica(limits, make_stack(policies, terms))
         self._keys: dict[str, list[bytes]] = {}  # of open requests; the replica reads the same lists
         self._plan: StepPlan | None = None
         self.plans = 0
@@ -108,7 +114,7 @@ class _Twin:
         elif call == "complete":
             return self._complete(row, at_s)
         elif call == "fail":
-            self._replica = Replica(self._limits, make_stack(self._policies))
+            self._replica = Replica(self._limits, make_stack(self._policies, self._terms))
             self._keys.clear()
             self._plan = None
         else:
@@ -149,7 +155,9 @@ class _Twin:
         if plan is None:
             raise self._lines.error("call", "it completes a step, and none was planned", _DAMAGED)
         stopped = self._list(row, "stopped")
-        events = self._replica.complete(plan, StepResult(None, stopped), at_s)
+        duration_s = time_of(self._lines, "duration_s", required(self._lines, row, "duration_s"))
+        result = StepResult(None, stopped, duration_s=duration_s)
+        events = self._replica.complete(plan, result, at_s)
         for request_id, keys in self._new_keys(row):
             self._keys[request_id] += keys
         live, twin = self._list(row, "finished"), finished_facts(events)
@@ -179,7 +187,21 @@ class _Twin:
             priority=self._count(row, "priority", -COUNT_MAX),
             session_id=None if row.get("session_id") is None else self._text(row, "session_id"),
             leader_id=None if row.get("leader_id") is None else self._text(row, "leader_id"),
+            **self._hints(row),
         )
+
+    def _hints(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        given = required(self._lines, row, "hints")
+        if not isinstance(given, Mapping) or not given.keys() <= {*HINTS, "slo"}:
+            raise self._lines.error("hints", f"{shown(given)} are not hints", _DAMAGED)
+        hints: dict[str, Any] = {name: self._text(given, name) for name in _NAMES if name in given}
+        if "shared_len" in given:
+            hints["shared_len"] = self._count(given, "shared_len")
+        if "is_last_turn" in given:
+            hints["is_last_turn"] = given["is_last_turn"] is True
+        if "slo" in given:
+            hints["slo"] = _slo(self._lines, given["slo"])
+        return hints
 
     # Fields
 
@@ -205,7 +227,7 @@ class _Twin:
         return [key.encode() for key in keys]
 
 
-def _read_header(lines: Lines, text: str) -> tuple[ReplicaLimits, PolicySettings]:
+def _read_header(lines: Lines, text: str) -> tuple[ReplicaLimits, PolicySettings, ServiceTerms]:
     header = object_of(lines, text)
     if header.get("format") != FORMAT or header.get("version") != VERSION:
         raise lines.error("format", f"it is not `{FORMAT}` version {VERSION}", _DAMAGED)
@@ -216,9 +238,12 @@ def _read_header(lines: Lines, text: str) -> tuple[ReplicaLimits, PolicySettings
     def size(name: str, high: int = COUNT_MAX) -> int:
         return _whole(lines, limits, name, 1, high)
 
-    slots = {field.name: required(lines, policies, field.name) for field in fields(PolicySettings)}
+    slots = {slot: required(lines, policies, slot) for slot in PolicySettings().names()}
     if not all(isinstance(name, str) for name in slots.values()):
         raise lines.error("policies", "a policy is not a name", _DAMAGED)
+    options = required(lines, header, "options")
+    if not isinstance(options, dict) or not all(isinstance(table, dict) for table in options.values()):
+        raise lines.error("options", "they are not tables", _DAMAGED)
     sizes = ReplicaLimits(
         kv_blocks=size("kv_blocks"),
         kv_block_tokens=size("kv_block_tokens", BLOCK_TOKENS_MAX),
@@ -228,7 +253,30 @@ def _read_header(lines: Lines, text: str) -> tuple[ReplicaLimits, PolicySettings
         prefix_cache=required(lines, limits, "prefix_cache") is True,
         repeat=required(lines, limits, "repeat") is True,
     )
-    return sizes, PolicySettings(**slots)
+    return sizes, PolicySettings(**slots, options=options), _read_terms(lines, header)
+
+
+def _read_terms(lines: Lines, header: Mapping[str, Any]) -> ServiceTerms:
+    slos, weights = required(lines, header, "slos"), required(lines, header, "tenant_weights")
+    if not isinstance(slos, Mapping) or not isinstance(weights, Mapping):
+        raise lines.error("slos", "targets and weights are not objects", _DAMAGED)
+    if not all(_is_positive(weight) for weight in weights.values()):
+        raise lines.error("tenant_weights", "a weight is not a positive number", _DAMAGED)
+    seed = _whole(lines, header, "seed", 0, 1 << 62)
+    return ServiceTerms({name: _slo(lines, slo) for name, slo in slos.items()}, weights, seed)
+
+
+def _slo(lines: Lines, given: object) -> Slo:
+    known = {item.name for item in fields(Slo)}
+    if not isinstance(given, Mapping) or not given.keys() <= known:
+        raise lines.error("slo", f"{shown(given)} is not a table of targets", _DAMAGED)
+    if not all(target is None or _is_positive(target) for target in given.values()):
+        raise lines.error("slo", f"{shown(given)} has a target that is no positive number", _DAMAGED)
+    return Slo(**given)
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
 def _whole(lines: Lines, row: Mapping[str, Any], field: str, low: int, high: int) -> int:

@@ -17,7 +17,7 @@ from penstock.core.reasons import FinishReason
 from penstock.core.request import Request
 from penstock.core.settings import Settings
 from penstock.desk import Capacity, Desk
-from penstock.policies.stack import make_stack
+from penstock.policies.stack import make_stack_of, rank_class
 from penstock.replica.limits import ReplicaLimits, check_feasible
 from penstock.replica.replica import Replica
 from penstock.twin.costs.model import CostModel
@@ -55,9 +55,13 @@ class TwinReplica:
         points_max: int = POINTS_MAX,
     ) -> None:
         capacity = Capacity(
-            limits.context_len_max, limits.kv_block_tokens, limits.kv_blocks, limits.running_max
+            limits.context_len_max,
+            limits.kv_block_tokens,
+            limits.kv_blocks,
+            limits.running_max,
+            takes_queue=rank_class(settings.policies.rank).reorders,
         )
-        self.replica = Replica(limits, make_stack(settings.policies))
+        self.replica = Replica(limits, make_stack_of(settings))
         self.sampler = Sampler(points_max)
         self.output_lens: dict[str, int] = {}
         self.executor = ModelledExecutor(cost, self.output_lens)

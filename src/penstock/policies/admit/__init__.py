@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 from penstock.core.reasons import WaitReason
+from penstock.policies.base import Policy
 from penstock.policies.registry import Registry
 from penstock.policies.view import Candidate, ReplicaView
 
@@ -18,12 +19,13 @@ class Admission:
     reason: WaitReason | None = None
 
 
-class Admit(Protocol):
+class Admit(Policy):
     """Asked for the head of the queue; while it must wait, nobody overtakes it.
 
     Must admit a feasible request when nothing else runs, or the queue would stand for ever.
     """
 
+    @abstractmethod
     def decide(self, candidate: Candidate, view: ReplicaView, now_s: float) -> Admission: ...
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from penstock.core.reasons import WaitReason
 from penstock.core.units import ceil_div
-from penstock.policies.admit import ADMIT, Admission
+from penstock.policies.admit import ADMIT, Admission, Admit
 from penstock.policies.view import Candidate, ReplicaView
 
 
 @ADMIT.register("whole-prompt", source="vLLM BlockSpaceManager; Sarathi-Serve (OSDI 2024), scheduler step 4")
-class WholePrompt:
+class WholePrompt(Admit):
     """Reserve the whole prompt up front, above a watermark, so that a started prompt is never stuck half way.
 
     The watermark (1 % of the blocks, vLLM's default) leaves room for the running decodes to grow; it does

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Protocol
 
+from penstock.policies.base import Policy
 from penstock.policies.registry import Registry
 from penstock.policies.view import ReplicaView, SequenceView
 
@@ -26,12 +27,14 @@ class Composition:
     paused: list[SequenceView] = field(default_factory=list)
 
 
-class Compose(Protocol):
+class Compose(Policy):
     """`prefill_room` bounds admission: nobody starts without room in the step. `compose` splits it."""
 
+    @abstractmethod
     def prefill_room(self, view: ReplicaView, now_s: float) -> int:
         """Prompt tokens the next step can take from requests that have not started."""
 
+    @abstractmethod
     def compose(self, view: ReplicaView, now_s: float) -> Composition:
         """At most one share a sequence; something advances while something runs."""
 

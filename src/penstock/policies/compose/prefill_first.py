@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from penstock.policies.compose import COMPOSE, Composition, Share
+from penstock.policies.compose import COMPOSE, Compose, Composition, Share
 from penstock.policies.view import ReplicaView
 
 
 @COMPOSE.register(
     "prefill-first", source="vLLM 0.2 scheduler, the prompt-first baseline of Sarathi-Serve (OSDI 2024)"
 )
-class PrefillFirst:
+class PrefillFirst(Compose):
     """Best TTFT, worst gaps: a step holds whole prompts while there are any, else all decodes.
 
     Prompts join while their sum stays within `step_tokens_max`; a single longer prompt runs alone, unchunked.

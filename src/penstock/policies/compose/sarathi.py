@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from penstock.policies.compose import COMPOSE, Composition, Share
+from penstock.policies.compose import COMPOSE, Compose, Composition, Share
 from penstock.policies.view import ReplicaView
 
 
 @COMPOSE.register("sarathi", source="Sarathi-Serve (OSDI 2024), sarathi/core/scheduler/sarathi_scheduler.py")
-class Sarathi:
+class Sarathi(Compose):
     """Bound every gap between tokens: each decode gets one token a step, prompts share what is left.
 
     The budget is `step_tokens_max`; with B decodes prompts get max(0, budget - B) tokens, in rank order.

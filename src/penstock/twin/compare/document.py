@@ -75,7 +75,7 @@ def notes_of(stacks: Sequence[Contender], runs: Sequence[Run]) -> list[str]:
 def _stack_json(stack: Contender) -> dict[str, Any]:
     return {
         "name": stack.name,
-        "policies": asdict(stack.settings.policies),
+        "policies": stack.settings.policies.names(),
         "limits": asdict(stack.limits),
         "infeasible": [asdict(target) for target in stack.infeasible],
     }

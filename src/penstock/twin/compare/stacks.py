@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from penstock.core.errors import ConfigError
@@ -10,7 +10,7 @@ from penstock.core.settings import PolicySettings
 from penstock.policies.registry import nearest
 
 STACKS_MAX = 6  # as many colours as a picture can tell apart
-_SLOTS = [field.name for field in fields(PolicySettings)]
+_SLOTS = list(PolicySettings().names())
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from penstock.core.reasons import CancelReason
-from penstock.policies.stack import REGISTRIES
+from penstock.policies.stack import REGISTRIES, conflict_in
 from penstock.twin.vopr.script import Call, Fault, FaultKind, Script, System
 
 CALLS_MAX = 40
@@ -39,7 +39,7 @@ def _draw_system(draw: random.Random) -> System:
     kv_blocks = draw.choice((draw.randint(2, 40), draw.randint(8, 20)))
     block_tokens = draw.choice(_BLOCK_TOKENS)
     context_len = draw.randint(4, max(5, min(160, 2 * kv_blocks * block_tokens)))
-    slots = {slot: draw.choice(registry.names()) for slot, registry in REGISTRIES.items()}
+    slots = _draw_policies(draw)
     system = System(
         exact=draw.random() < 0.7,
         kv_blocks=kv_blocks,
@@ -61,6 +61,14 @@ def _draw_system(draw: random.Random) -> System:
         retain=slots["retain"],
     )
     return _with_bounds(draw, system)
+
+
+def _draw_policies(draw: random.Random) -> dict[str, str]:
+    """One policy a slot; drawn again as long as two of them conflict."""
+    while True:
+        slots = {slot: draw.choice(registry.names()) for slot, registry in REGISTRIES.items()}
+        if not conflict_in(slots):
+            return slots
 
 
 def _with_bounds(draw: random.Random, system: System) -> System:

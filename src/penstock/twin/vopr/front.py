@@ -15,6 +15,7 @@ from penstock.core.reasons import CancelReason, FinishReason
 from penstock.core.request import Request
 from penstock.core.settings import DeskSettings
 from penstock.desk import Capacity, Desk, fit_output
+from penstock.policies.stack import rank_class
 from penstock.twin.vopr.checkers import Checkers
 from penstock.twin.vopr.content import requests_of
 from penstock.twin.vopr.engine_host import Cancel, Command, Submit
@@ -50,7 +51,11 @@ class Front:
         self._checkers = checkers
         self._journal = journal
         self.capacity = Capacity(
-            system.context_len, system.block_tokens, system.kv_blocks, system.running_max
+            system.context_len,
+            system.block_tokens,
+            system.kv_blocks,
+            system.running_max,
+            takes_queue=rank_class(system.rank).reorders,
         )
         settings = DeskSettings(
             system.queue_requests_max,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from penstock.core.errors import ConfigError
-from penstock.policies.stack import REGISTRIES
+from penstock.policies.stack import make_stack
 from penstock.twin.vopr.script import Call, Fault, Script, System
 
 SCRIPT_BYTES_MAX = 4 << 20
@@ -133,8 +133,7 @@ def _value(wanted: Any, item: Field[Any], value: Any, where: str) -> Any:
 
 
 def _check_policies(system: System) -> None:
-    for slot, registry in REGISTRIES.items():
-        registry.make(getattr(system, slot))  # raises with the nearest names
+    make_stack(system.policies)  # raises with the nearest names, or for policies that conflict
 
 
 def _wrong(where: str, what: str) -> ConfigError:

@@ -1,0 +1,67 @@
+"""What every policy and every estimator is made of: options, a context, and events that it may observe."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+from penstock.core.reasons import FinishReason
+from penstock.policies.context import Context
+from penstock.policies.view import ReplicaView, SequenceView, StepFacts
+
+FOREVER: Final = 1 << 60  # steps
+
+
+class Observer:
+    """Learns from what happens in one replica. Override what you need: a hook nobody overrides costs nothing.
+
+    Hooks change nothing but the observer's own state, which must come out the same whether decode steps are
+    told one by one or as a leap (`StepFacts.steps`): the twin leaps, the engine does not.
+    """
+
+    def submitted(self, sequence: SequenceView, now_s: float) -> None:
+        """It entered the queue for the first time."""
+
+    def started(self, sequence: SequenceView, now_s: float) -> None:
+        """It got a slot and KV; `computed_len` of its tokens were found. Also when it comes back."""
+
+    def decoding(self, sequence: SequenceView, now_s: float) -> None:
+        """Its prompt is computed and a token is out; from now on it gets one token a step."""
+
+    def stepped(self, step: StepFacts, now_s: float) -> None:
+        """A plan was executed."""
+
+    def left(self, sequence: SequenceView, now_s: float) -> None:
+        """It gave its slot back: preempted, or about to be `finished`."""
+
+    def finished(self, sequence: SequenceView, reason: FinishReason, now_s: float) -> None:
+        """The one last event, also of a sequence that never started."""
+
+    def steps_valid(self, view: ReplicaView, now_s: float) -> int:
+        """For how many decode steps its answers surely stand if nothing happens. At least 1."""
+        return FOREVER
+
+
+HOOKS: Final = ("submitted", "started", "decoding", "stepped", "left", "finished", "steps_valid")
+
+
+@dataclass(frozen=True, slots=True)
+class NoOptions:
+    """A policy without settings."""
+
+
+class Policy(Observer, ABC):
+    """A named part of one slot. One object serves one replica and keeps its state to itself.
+
+    `Options` is a frozen dataclass of `core.settings.setting` fields, filled from
+    `[policies.options.NAME]`. `conflicts` names policies of other slots that it cannot work beside, each
+    with the reason; a stack with both is refused at start.
+    """
+
+    Options: ClassVar[type[Any]] = NoOptions
+    conflicts: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, context: Context, options: Any) -> None:
+        """Override to read `options`, an `Options` of this class, or to take estimators from `context`."""

@@ -1,0 +1,60 @@
+"""What has changed since the last plan, gathered until the next one hands it to the executor."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+from penstock.core.step import Chunk, SequenceStart, StepPlan
+from penstock.replica.sequence import Sequence
+
+
+class PlanDraft:
+    """Starts, ends and new blocks of sequences. Each is told once."""
+
+    def __init__(self) -> None:
+        self._starts: dict[int, SequenceStart] = {}
+        self._ends: list[int] = []
+        self._new_blocks: list[tuple[int, list[int]]] = []
+
+    def start(self, sequence: Sequence) -> None:
+        self._starts[sequence.seq_id] = _start_message(sequence)
+
+    def give(self, sequence: Sequence, blocks: list[int]) -> None:
+        self._new_blocks.append((sequence.seq_id, blocks))
+
+    def end(self, sequence: Sequence) -> None:
+        """The executor is to forget the sequence, unless it has not heard of it yet."""
+        if self._starts.pop(sequence.seq_id, None) is None:
+            self._ends.append(sequence.seq_id)
+
+    def plan(
+        self,
+        index: int,
+        chunks: list[Chunk],
+        decode_count: int,
+        paused: frozenset[int],
+        running: Container[int],
+    ) -> StepPlan:
+        """All that was gathered, as one plan; the draft is empty again."""
+        new_blocks, self._new_blocks = self._new_blocks, []
+        if self._ends:  # perhaps preempted after they were given blocks
+            new_blocks = [entry for entry in new_blocks if entry[0] in running]
+        starts, self._starts = list(self._starts.values()), {}
+        ends, self._ends = self._ends, []
+        return StepPlan(index, chunks, decode_count, paused, starts, ends, new_blocks)
+
+
+def _start_message(sequence: Sequence) -> SequenceStart:
+    request = sequence.request
+    return SequenceStart(
+        seq_id=sequence.seq_id,
+        request_id=request.id,
+        tokens=sequence.tokens(),
+        prompt_len=request.prompt_len,
+        total_len=sequence.total_len,
+        cached_len=sequence.computed_len,
+        blocks=tuple(sequence.blocks),
+        sampling=request.sampling,
+        min_output_tokens=request.min_output_tokens,
+        stop_token_ids=request.stop_token_ids,
+    )
