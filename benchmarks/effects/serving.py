@@ -59,19 +59,14 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Served:
-    """Outcomes by request id, and the replica as it stands at the end."""
+class Ended:
+    """Outcomes by request id, in the twin or live."""
 
     outcomes: dict[str, RequestOutcome]
-    twin: TwinReplica
 
     @property
     def makespan_s(self) -> float:
         return max(outcome.finish_s for outcome in self.outcomes.values())
-
-    @property
-    def preemptions(self) -> int:
-        return self.twin.replica.stats().preemptions_total
 
     def values(self, field_name: str, ids: Sequence[str] | None = None) -> np.ndarray:
         """`ttft_s`, `tpot_s` or `e2e_s` of the requests (all of them by default) that have one."""
@@ -83,6 +78,17 @@ class Served:
         """Every gap between consecutive tokens."""
         chosen = self.outcomes.values() if ids is None else (self.outcomes[each] for each in ids)
         return np.concatenate([np.fromiter(outcome.itl_s, float) for outcome in chosen])
+
+
+@dataclass(frozen=True)
+class Served(Ended):
+    """And the replica as it stands at the end."""
+
+    twin: TwinReplica
+
+    @property
+    def preemptions(self) -> int:
+        return self.twin.replica.stats().preemptions_total
 
 
 def limits(kv_tokens: int, **changes: Any) -> ReplicaLimits:
