@@ -3,7 +3,9 @@
 A step is hundreds of short parallel regions, a fraction of a millisecond apart. Between two of them an idle
 thread spins for some microseconds and then sleeps. Both ends of that scale were measured (docs/engine.md):
 
-- A thread that sleeps at once must be woken for every region, which doubles the time of a step of 64 rows.
+- A thread that sleeps before the next region begins must be woken for it. Waking takes longer than the region,
+  so that its partner falls asleep meanwhile, and so on: the whole step takes twice as long. The spin must
+  outlast a wake-up.
 - A thread that spins on while its partner is scheduled away burns the very core that the partner waits for;
   beside one busy neighbour a step then takes many times as long.
 
@@ -16,7 +18,7 @@ import os
 from typing import Final
 
 FEW_ROWS: Final = 8  # measured with benchmarks/threads.py: from here on the second thread saves a tenth
-SPIN_COUNT: Final = 1000  # turns of libgomp's waiting loop, some 10 µs; benchmarks/threads.py --spins
+SPIN_COUNT: Final = 3000  # turns of libgomp's waiting loop, some 30 µs; benchmarks/threads.py --spins
 
 _WAIT_SETTINGS: Final = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
