@@ -1,8 +1,9 @@
 """How far the twin is from this machine, on three real traces: `penstock fidelity`, one after the other.
 
-    python -m benchmarks.fidelity [--profile FILE] [--requests 250] [--write]
+    python -m benchmarks.fidelity [--profile FILE] [--requests 250] [--repeat 2] [--write]
 
-The profile is calibrated on a grid of steps, never on these traces: the errors are of runs it has not seen.
+The profile is calibrated on a load of its own, never on these traces: the errors are of runs it has not seen.
+With `--repeat` the machine's own spread over the replays stands beside each error.
 The traces lie in ../shared/data and are left out with a word where absent. Lengths are divided so that
 they fit a model of 8,192 tokens of context, and each load takes at most a few minutes on two cores. Do
 nothing else on the machine. `--write` renews the fidelity section of benchmarks/RESULTS.md.
@@ -56,10 +57,10 @@ CASES = (
 )
 
 
-def run_case(case: Case, profile: Path, requests: int) -> dict[str, Any]:
+def run_case(case: Case, profile: Path, requests: int, repeat: int) -> dict[str, Any]:
     """The JSON of one `penstock fidelity`; what it says on the way goes to stderr."""
     command = [*PENSTOCK, "fidelity", str(DATA / case.file), "--profile", str(profile), "--loads", LOADS]
-    command += ["--limit", str(requests), *case.flags, "--json"]
+    command += ["--limit", str(requests), "--repeat", str(repeat), *case.flags, "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return dict(json.loads(done.stdout))
 
@@ -92,12 +93,15 @@ def worst(found: dict[str, dict[str, Any]]) -> str:
 
 
 def _cell(error: dict[str, float] | None) -> str:
-    return "-" if error is None else f"{error['live_ms']:.0f} ms ({error['error_frac']:+.1%})"
+    if error is None:
+        return "-"
+    spread = "" if error["spread_frac"] is None else f" ±{error['spread_frac']:.1%}"
+    return f"{error['live_ms']:.0f} ms{spread} ({error['error_frac']:+.1%})"
 
 
 def calibrate(folder: Path) -> Path:
     path = folder / "calibrated.toml"
-    subprocess.run([*PENSTOCK, "calibrate", "--out", str(path)], stdout=sys.stderr, check=True)
+    subprocess.run([*PENSTOCK, "calibrate", "--served", "--out", str(path)], stdout=sys.stderr, check=True)
     return path
 
 
@@ -107,6 +111,7 @@ def main() -> None:
     )
     parser.add_argument("--profile", type=Path, help="a profile of this machine; else it is calibrated first")
     parser.add_argument("--requests", type=int, default=250, help="of each trace")
+    parser.add_argument("--repeat", type=int, default=2, help="replays of each load")
     parser.add_argument("--write", action="store_true", help="renew benchmarks/RESULTS.md")
     arguments = parser.parse_args()
     cases = [case for case in CASES if (DATA / case.file).exists()]
@@ -116,12 +121,13 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         profile = arguments.profile or calibrate(Path(folder))
-        found = {case.name: run_case(case, profile, arguments.requests) for case in cases}
+        found = {case.name: run_case(case, profile, arguments.requests, arguments.repeat) for case in cases}
     notes = [f"- {name}: {note}" for name, result in found.items() for note in result["notes"]]
     body = "\n\n".join(filter(None, (table(found), worst(found), "\n".join(notes))))
     print(body)
     if arguments.write:
-        command = f"python -m benchmarks.fidelity --requests {arguments.requests} --write"
+        command = "python -m benchmarks.fidelity"
+        command += f" --requests {arguments.requests} --repeat {arguments.repeat} --write"
         write_section("fidelity", f"{describe_machine()}\n\n`{command}`\n\n{body}")
 
 

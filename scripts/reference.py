@@ -28,7 +28,7 @@ from typer.models import ArgumentInfo, OptionInfo
 
 from penstock.cli.main import app as program
 from penstock.core import errors
-from penstock.core.config import environment_name, setting_bounds, setting_help
+from penstock.core.config import default_of, environment_name, setting_bounds, setting_help
 from penstock.core.metrics import RequestOutcome, Slo
 from penstock.core.reasons import (
     CancelReason,
@@ -331,7 +331,7 @@ def _policy(entry: Entry[Any]) -> str:
     rows = [
         (
             f"`{item.name}`",
-            f"`{_toml(item.default)}`",
+            f"`{_toml(default_of(item))}`",
             _bounds(item.metadata["low"], item.metadata["high"]),
             item.metadata["help"],
         )

@@ -32,9 +32,10 @@ def profile(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """Any profile does; this one is measured as a user would."""
     path = tmp_path_factory.mktemp("profile") / "tiny.toml"
     ended = run_penstock(
-        "calibrate", "--model", str(tiny_folder), "--threads", "1", "--rounds", "1", "--out", str(path)
+        "calibrate", "--served", "--model", str(tiny_folder), "--threads", "1", "--out", str(path)
     )
     assert ended.code == 0, ended.stderr
+    assert "calibrate --served" in path.read_text()
     return path
 
 
@@ -116,10 +117,18 @@ def outcome(arrival_s: float, e2e_s: float) -> RequestOutcome:
 def test_errors_are_of_the_same_statistic() -> None:
     live = [outcome(float(i), 1.0 + i) for i in range(5)]
     twin = [outcome(float(i), 1.1 * (1.0 + i)) for i in range(5)]
-    found = errors_between(live, twin)
+    found = errors_between([live], twin)
     assert all(error.frac == pytest.approx(0.1) for one in found.values() for error in one.values())
     assert found["e2e"]["p50"].live_ms == pytest.approx(3000) and found["tpot"]["mean"].live_ms == 750
-    assert errors_between(live, []) == {}
+    assert errors_between([live], []) == {}
+
+
+def test_repeated_replays_show_the_machines_own_spread() -> None:
+    slow, fast = ([outcome(float(i), e2e_s) for i in range(5)] for e2e_s in (1.2, 0.8))
+    error = errors_between([slow, fast], slow)["e2e"]["mean"]
+    assert (error.live_ms, error.twin_ms) == (pytest.approx(1000), pytest.approx(1200))
+    assert error.spread_frac == pytest.approx(0.2)
+    assert errors_between([slow], slow)["e2e"]["mean"].spread_frac is None
 
 
 def test_capacity_leaves_the_tail_of_a_burst_out() -> None:

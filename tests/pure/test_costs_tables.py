@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from penstock.core.errors import ConfigError
+from penstock.replica.limits import ReplicaLimits
+from penstock.twin.costs.calibration_load import phases
 from penstock.twin.costs.least_squares import nonnegative, robust_nonnegative
 from penstock.twin.costs.profile_file import parse_profile
 from penstock.twin.costs.tables import FittedCostModel, Sample, fit_steps, load_fitted, parse_fitted
@@ -84,6 +86,35 @@ def test_plain_least_squares_would_have_been_moved() -> None:
     robust = matrix @ robust_nonnegative(matrix, target)
     plain = matrix @ nonnegative(matrix, target)
     assert np.median(np.abs(robust / clean - 1)) < 0.6 * np.median(np.abs(plain / clean - 1))
+
+
+def test_steps_that_were_lived_through_are_right_on_average() -> None:
+    """A third of the steps were disturbed, and will be again: the sums agree; the robust fit is short."""
+    samples = drawn_steps(11, 900, wild=0.33)
+    spent_s = sum(seconds for _, seconds in samples)
+    lived, robust = fit_steps(samples, is_lived=True), fit_steps(samples)
+    assert sum(lived.seconds(work) for work, _ in samples) == pytest.approx(spent_s, rel=0.03)
+    assert sum(robust.seconds(work) for work, _ in samples) < 0.85 * spent_s
+
+
+def test_one_suspended_step_does_not_move_the_lived_fit() -> None:
+    samples = drawn_steps(12, 400)
+    work, seconds = samples[7]
+    moved = [*samples[:7], (work, 1000 * seconds), *samples[8:]]
+    before, after = fit_steps(samples, is_lived=True), fit_steps(moved, is_lived=True)
+    assert after.seconds(work) < 1.3 * before.seconds(work)
+
+
+def test_the_calibration_load_shows_every_side_within_the_limits() -> None:
+    limits = ReplicaLimits(
+        kv_blocks=400, kv_block_tokens=16, running_max=20, step_tokens_max=512, context_len_max=600
+    )
+    found = phases(limits)
+    assert [phase.clients for phase in found] == [1, 1, 2, 3, 4, 6, 8, 12, 16]
+    rows = [row for phase in found for row in phase.rows]
+    assert min(row.prompt_tokens for row in rows) < 8 and max(row.prompt_tokens for row in rows) > 300
+    assert all(row.prompt_tokens + row.output_tokens <= 600 for row in rows)
+    assert phases(limits) == found != phases(limits, seed=1)
 
 
 def test_more_work_never_costs_less() -> None:

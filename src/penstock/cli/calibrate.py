@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from penstock.cli.settings import ConfigOption, read_settings
+from penstock.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from penstock.core.settings import Settings
     from penstock.twin.costs.tables import Sample
 
-_HELP = """Measure this machine's engine on a grid of steps, and fit the twin's cost model to it.
+_HELP = """Measure this machine's engine, and fit the twin's cost model to its steps.
 
-Takes a few minutes; do nothing else on the machine meanwhile."""
+By itself on a grid of steps, or with `--served` behind a gateway with clients that stream, whose work takes
+part of the machine. Takes a few minutes; do nothing else on the machine meanwhile."""
 
 _EPILOG = """Examples:
 
     penstock calibrate
 
-    penstock calibrate --out laptop.toml --rounds 5
+    penstock calibrate --served --out laptop.toml
 
     penstock calibrate --from-steps steps.jsonl --out yesterday.toml
 
@@ -41,6 +44,9 @@ def calibrate(
         int | None, typer.Option(help="CPU threads of the engine; 0 takes every core.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, max=100, help="Times over the grid.")] = 3,
+    served: Annotated[
+        bool, typer.Option("--served", help="Measure a server of one's own while clients stream from it.")
+    ] = False,
     from_steps: Annotated[
         Path | None, typer.Option(help="Fit a step trace of `serve --step-trace` instead of measuring.")
     ] = None,
@@ -49,12 +55,16 @@ def calibrate(
 ) -> None:
     from penstock.twin.costs.tables import fit_steps
 
-    if from_steps is None:
-        settings = read_settings(config, {"model": model, "replica.threads": threads}).settings
-        samples, name, source = _measured(settings, rounds)
-    else:
+    if served and from_steps is not None:
+        raise ConfigError("`--served` and `--from-steps` are two sources of steps.", hint="give one of them")
+    settings = read_settings(config, {"model": model, "replica.threads": threads}).settings
+    if served:
+        samples, name, source = _served(settings, config, model, threads)
+    elif from_steps is not None:
         samples, name, source = _recorded(from_steps)
-    fitted = fit_steps(samples, name=name, source=source)
+    else:
+        samples, name, source = _measured(settings, rounds)
+    fitted = fit_steps(samples, name=name, source=source, is_lived=served or from_steps is not None)
     fitted.save(out)
     errors = fitted.profile.errors
     if as_json:
@@ -94,6 +104,37 @@ def _measured(settings: Settings, rounds: int) -> tuple[list[Sample], str, str]:
     info = engine.info
     told = f"penstock calibrate: {len(samples)} steps, {info.dtype}, {info.fingerprint}"
     return samples, f"{info.model} on {info.device}", told
+
+
+def _served(
+    settings: Settings, config: Path | None, model: str | None, threads: int | None
+) -> tuple[list[Sample], str, str]:
+    """Steps of a server that answers clients on this machine, all in processes of their own."""
+    import tempfile
+
+    from penstock.cli.load import send_rows
+    from penstock.cli.local_server import local_server
+    from penstock.models.catalogue import resolve
+    from penstock.models.config import load_config
+    from penstock.twin.costs.calibration_load import phases
+    from penstock.twin.costs.recorded import read_samples
+    from penstock.workloads.replay import ReplayOptions
+
+    given = {"--config": config, "--model": model, "--threads": threads}
+    flags = [word for key, value in given.items() if value is not None for word in (key, str(value))]
+    vocab_size = load_config(resolve(settings.model)).vocab
+    with tempfile.TemporaryDirectory(prefix="penstock-") as folder:
+        trace = Path(folder) / "steps.jsonl"
+        with local_server([*flags, "--step-trace", str(trace)]) as server:
+            info = server.info
+            plan = phases(server.limits(settings.replica.prefix_cache))
+            for index, phase in enumerate(plan):
+                print(f"calibrating: {phase.clients} clients, {len(phase.rows)} requests", file=sys.stderr)
+                options = ReplayOptions(seed=index, concurrency_max=phase.clients)
+                send_rows(server.url, phase.rows, options, vocab_size)
+        samples = read_samples(trace)
+    told = f"penstock calibrate --served: {len(samples)} steps, {info['dtype']}"
+    return samples, f"{info['model']} on {info['device']}, served", told
 
 
 def _recorded(path: Path) -> tuple[list[Sample], str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import sys
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from penstock.cli.load import send_rows
 from penstock.cli.local_server import LocalServer, local_server, run_program
 from penstock.cli.machine import (
     LOAD,
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from penstock.replica.limits import ReplicaLimits
     from penstock.twin.build import Machine
     from penstock.twin.fidelity import Fidelity, Regime
-    from penstock.workloads.replay import ReplayOptions, ReplayRun
+    from penstock.workloads.replay import ReplayRun
     from penstock.workloads.trace import TraceRow
 
 _HELP = """Replay a trace on this machine and simulate the same rows, and report the twin's error per load.
@@ -97,6 +97,12 @@ def fidelity(
         str | None,
         typer.Option(help="Multiples of the trace's rate instead of `--loads`.", rich_help_panel=LOAD),
     ] = None,
+    repeat: Annotated[
+        int,
+        typer.Option(
+            min=1, max=10, help="Replays of each load, to see the machine's own spread.", rich_help_panel=LOAD
+        ),
+    ] = 1,
     closed_loop: ClosedLoopOption = False,
     warmup_s: Annotated[
         float,
@@ -157,6 +163,7 @@ def fidelity(
             warmup_s=warmup_s,
             seed=seed,
             vocab_size=vocab_size,
+            repeat=repeat,
         )
         capacity, found = job.run(regimes, is_loads=rate_scales is None)
     configuration = {
@@ -169,6 +176,7 @@ def fidelity(
         "loop": "closed" if closed_loop else "open",
         "warmup_s": warmup_s,
         "seed": seed,
+        "repeat": repeat,
         "kv_blocks": limits.kv_blocks,
         "running_max": limits.running_max,
         "step_tokens": limits.step_tokens_max,
@@ -200,10 +208,10 @@ def _serve_arguments(config: Path | None, flags: dict[str, Any]) -> list[str]:
 def _calibrated(
     stack: contextlib.ExitStack, settings: Settings, config: Path | None, threads: int | None
 ) -> Path:
-    """Measure the engine in a process of its own, which is gone when the server starts."""
+    """Measure behind a gateway and clients, as the replays will, in processes that end before these."""
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="penstock-"))
     path = Path(folder) / "calibrated.toml"
-    arguments = ["calibrate", "--model", settings.model, "--out", str(path)]
+    arguments = ["calibrate", "--served", "--model", settings.model, "--out", str(path)]
     if config is not None:
         arguments += ["--config", str(config)]
     if threads is not None:
@@ -227,17 +235,7 @@ def _twin_of(path: Path, settings: Settings) -> tuple[Machine, ReplicaLimits, in
 
 def _limits_of(server: LocalServer, settings: Settings) -> ReplicaLimits:
     """The sizes that the server really has."""
-    from penstock.replica.limits import ReplicaLimits
-
-    info = server.info
-    return ReplicaLimits(
-        kv_blocks=info["kv_blocks"],
-        kv_block_tokens=info["kv_block_tokens"],
-        running_max=info["running_max"],
-        step_tokens_max=info["step_tokens_max"],
-        context_len_max=info["context_len_max"],
-        prefix_cache=settings.replica.prefix_cache,
-    )
+    return server.limits(settings.replica.prefix_cache)
 
 
 @dataclass(slots=True)
@@ -253,6 +251,7 @@ class _Job:
     warmup_s: float
     seed: int
     vocab_size: int
+    repeat: int
     replays: int = 0
 
     def run(self, regimes: Sequence[float], *, is_loads: bool) -> tuple[float | None, list[Regime]]:
@@ -276,23 +275,23 @@ class _Job:
         scaled = results.at_rate(self.rows, rate_scale)
         requested_rps, warmup_s = results.trace_rps(scaled), results.warmup_end_s(scaled, self.warmup_s)
         print(f"{len(scaled)} requests at {requested_rps:.2f} requests/s", file=sys.stderr)
-        run = self._replay(scaled, rate_scale, self.closed_loop)
-        live = results.measured([exchange.outcome for exchange in run.exchanges], warmup_s)
+        runs = [self._replay(scaled, rate_scale, self.closed_loop) for _ in range(self.repeat)]
+        lives = [results.measured([each.outcome for each in run.exchanges], warmup_s) for run in runs]
         outcomes, out_of_range = self._simulate(scaled, rate_scale)
         twin = results.measured(outcomes, warmup_s)
-        lag = lag_ms(run)
+        lags_ms = [lag.p99 for run in runs if (lag := lag_ms(run)) is not None]
         return results.Regime(
             load=load,
             rate_scale=rate_scale,
             requested_rps=requested_rps,
-            requests=len(live),
-            live_answered=sum(outcome.is_answered for outcome in live),
+            requests=len(lives[0]),
+            live_answered=min(sum(outcome.is_answered for outcome in live) for live in lives),
             twin_answered=sum(outcome.is_answered for outcome in twin),
-            live_output_tokens_per_s=results.output_rate(live),
+            live_output_tokens_per_s=sum(map(results.output_rate, lives)) / len(lives),
             twin_output_tokens_per_s=results.output_rate(twin),
-            lag_p99_ms=None if lag is None else lag.p99,
+            lag_p99_ms=max(lags_ms, default=None),
             out_of_range=out_of_range,
-            errors=results.errors_between(live, twin),
+            errors=results.errors_between(lives, twin),
         )
 
     def _replay(self, rows: Sequence[TraceRow], rate_scale: float, closed_loop: bool) -> ReplayRun:
@@ -305,7 +304,7 @@ class _Job:
             rate_scale=rate_scale,
             timeout_s=REQUEST_TIMEOUT_S,
         )
-        return asyncio.run(_replay(self.url, rows, options, self.vocab_size))
+        return send_rows(self.url, rows, options, self.vocab_size)
 
     def _simulate(self, rows: Sequence[TraceRow], rate_scale: float) -> tuple[list[RequestOutcome], int]:
         from penstock.twin.simulate import Clients, simulate
@@ -316,20 +315,6 @@ class _Job:
             rows, self.settings, self.limits, self.machine.cost, outcomes.append, clients=clients
         )
         return outcomes, sum(twin.executor.steps_out_of_range for twin in fleet)
-
-
-async def _replay(url: str, rows: Sequence[TraceRow], options: ReplayOptions, vocab_size: int) -> ReplayRun:
-    from dataclasses import replace as changed
-
-    from penstock.workloads.progress import NoProgress
-    from penstock.workloads.replay import replay
-    from penstock.workloads.target import base_url_of, find_target, open_client
-
-    base_url = base_url_of(url)
-    async with open_client(base_url, None, options.concurrency_max) as client:
-        target = await find_target(client, base_url, None, "completions")
-        target = changed(target, vocab_size=target.vocab_size or vocab_size)
-        return await replay(rows, client, target, options, NoProgress(), asyncio.Event())
 
 
 def _at_once(row: TraceRow) -> TraceRow:

@@ -11,9 +11,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from penstock.core.errors import EnvironmentMissing
+
+if TYPE_CHECKING:
+    from penstock.replica.limits import ReplicaLimits
 
 START_TIMEOUT_S = 300.0  # the model may have to be fetched first
 STOP_TIMEOUT_S = 60.0
@@ -28,6 +31,20 @@ class LocalServer:
 
     url: str
     info: dict[str, Any]
+
+    def limits(self, prefix_cache: bool) -> ReplicaLimits:
+        """The sizes that its replica really has; it does not tell whether it has a prefix cache."""
+        from penstock.replica.limits import ReplicaLimits
+
+        info = self.info
+        return ReplicaLimits(
+            kv_blocks=info["kv_blocks"],
+            kv_block_tokens=info["kv_block_tokens"],
+            running_max=info["running_max"],
+            step_tokens_max=info["step_tokens_max"],
+            context_len_max=info["context_len_max"],
+            prefix_cache=prefix_cache,
+        )
 
 
 @contextlib.contextmanager

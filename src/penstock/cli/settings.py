@@ -78,6 +78,7 @@ def policies(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")
     """
     from dataclasses import fields
 
+    from penstock.core.config import default_of
     from penstock.policies.stack import REGISTRIES, load_preset, preset_names
 
     slots: dict[str, list[dict[str, Any]]] = {
@@ -87,7 +88,7 @@ def policies(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")
                 "summary": entry.summary,
                 "source": entry.source,
                 "options": {
-                    item.name: {"default": item.default, "help": item.metadata["help"]}
+                    item.name: {"default": default_of(item), "help": item.metadata["help"]}
                     for item in fields(entry.options)
                 },
             }

@@ -70,7 +70,7 @@ def resolve(
     from_flags = {key: value for key, value in flags.items() if value is not None}
     layers = [(from_file, f"file {file_name}"), (from_env, "environment"), (from_flags, "flag")]
 
-    values = {key: _default(field) for key, field in known.items()}
+    values = {key: default_of(field) for key, field in known.items()}
     origins = dict.fromkeys(values, "default")
     preset = next((layer["preset"] for layer, _ in reversed(layers) if layer.get("preset")), None)
     if preset is not None:
@@ -93,7 +93,7 @@ def environment_name(key: str) -> str:
 
 def setting_help() -> list[tuple[str, str, Any]]:
     """(key, help, default) of every setting, for the reference."""
-    return [(key, field.metadata.get("help", ""), _default(field)) for key, field in _known_fields().items()]
+    return [(key, field.metadata.get("help", ""), default_of(field)) for key, field in _known_fields().items()]
 
 
 def setting_bounds() -> dict[str, tuple[float | None, float | None]]:
@@ -116,7 +116,8 @@ def _known_fields() -> dict[str, Field[Any]]:
     return known
 
 
-def _default(field: Field[Any]) -> Any:
+def default_of(field: Field[Any]) -> Any:
+    """What the field holds when nothing is said."""
     return field.default_factory() if callable(field.default_factory) else field.default
 
 
@@ -206,7 +207,7 @@ def _flatten_preset(preset: dict[str, Any]) -> dict[str, Any]:
 
 def coerce_setting(key: str, raw: Any, field: Field[Any], origin: str) -> Any:
     """`raw` in the type of the field's default, within its bounds. Raises ConfigError naming `key`."""
-    default = _default(field)
+    default = default_of(field)
     try:
         value = _convert(raw, default)
     except ValueError as error:

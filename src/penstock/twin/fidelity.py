@@ -27,10 +27,15 @@ BURST_COUNTED_FRAC = 0.9  # the last of a burst leave the batch half empty
 
 @dataclass(frozen=True, slots=True)
 class Error:
-    """One statistic of one metric, on both sides."""
+    """One statistic of one metric, on both sides.
+
+    `live_ms` is the mean over repeated replays, `spread_frac` how far the furthest of them is from it: no
+    twin can be expected to be nearer than the machine is to itself. None: it was replayed once.
+    """
 
     live_ms: float
     twin_ms: float
+    spread_frac: float | None = None
 
     @property
     def frac(self) -> float:
@@ -80,16 +85,23 @@ class Fidelity:
 
 
 def errors_between(
-    live: Sequence[RequestOutcome], twin: Sequence[RequestOutcome]
+    lives: Sequence[Sequence[RequestOutcome]], twin: Sequence[RequestOutcome]
 ) -> dict[str, dict[str, Error]]:
-    """Metric → statistic → both values. Percentiles interpolate linearly."""
+    """Metric → statistic → both values. `lives`: one list a replay. Percentiles interpolate linearly."""
     found: dict[str, dict[str, Error]] = {}
     for metric in METRICS:
-        sides = [_statistics_ms(_values_s(outcomes, metric)) for outcomes in (live, twin)]
-        if all(sides):
-            pairs = zip(STATISTICS, *sides, strict=True)
-            found[metric] = {name: Error(live_ms, twin_ms) for name, live_ms, twin_ms in pairs if live_ms > 0}
+        replays = [_statistics_ms(_values_s(outcomes, metric)) for outcomes in lives]
+        twin_ms = _statistics_ms(_values_s(twin, metric))
+        if twin_ms and all(replays):
+            columns = zip(STATISTICS, zip(*replays, strict=True), twin_ms, strict=True)
+            found[metric] = {name: _error(live, twin) for name, live, twin in columns if min(live) > 0}
     return found
+
+
+def _error(lives_ms: Sequence[float], twin_ms: float) -> Error:
+    live_ms = sum(lives_ms) / len(lives_ms)
+    spread = max(abs(each - live_ms) for each in lives_ms) / live_ms if len(lives_ms) > 1 else None
+    return Error(live_ms, twin_ms, spread)
 
 
 def _values_s(outcomes: Sequence[RequestOutcome], metric: str) -> list[float]:
@@ -166,7 +178,8 @@ def markdown(fidelity: Fidelity) -> str:
 def _cell(error: Error | None) -> str:
     if error is None:
         return "-"
-    return f"{_short_ms(error.live_ms)} → {_short_ms(error.twin_ms)} ({error.frac:+.1%})"
+    spread = "" if error.spread_frac is None else f"; live ±{error.spread_frac:.1%}"
+    return f"{_short_ms(error.live_ms)} → {_short_ms(error.twin_ms)} ({error.frac:+.1%}{spread})"
 
 
 def _short_ms(value_ms: float) -> str:

@@ -11,6 +11,8 @@ Array = NDArray[np.float64]
 _ROUNDS_PER_COLUMN: Final = 6
 _OUTLIER_SPREADS: Final = 1.5
 _SPREAD_MIN: Final = 1e-3  # relative; steps are not timed better
+OUTLIER_FACTOR: Final = 4.0  # a machine that was suspended tells nothing of the next run
+_SHARE_MIN: Final = 0.1  # of a time, below which a prediction is no measure of its error
 
 
 def nonnegative(matrix: Array, target: Array) -> Array:
@@ -50,6 +52,22 @@ def _feasible(matrix: Array, target: Array, solution: Array, is_free: NDArray[np
         is_free &= solution > 1e-15
         solution[~is_free] = 0.0
     return np.zeros_like(solution)
+
+
+def mean_nonnegative(matrix: Array, target: Array, rounds: int = 8) -> Array:
+    """`nonnegative` with errors relative to the prediction, which makes it right on average.
+
+    For times whose disturbances belong to them, because they will come again: the sum of many predictions
+    should be the sum of many times. A single time counts as at most OUTLIER_FACTOR predictions. All targets
+    must be positive.
+    """
+    assert (target > 0.0).all() and len(target) == len(matrix)
+    predicted, solution = target, np.zeros(matrix.shape[1])
+    for _ in range(rounds):
+        limited = np.minimum(target, OUTLIER_FACTOR * predicted)
+        solution = nonnegative(matrix / predicted[:, None], limited / predicted)
+        predicted = np.maximum(matrix @ solution, _SHARE_MIN * target)
+    return solution
 
 
 def robust_nonnegative(matrix: Array, target: Array, rounds: int = 12) -> Array:

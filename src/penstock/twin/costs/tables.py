@@ -22,10 +22,11 @@ import numpy as np
 
 from penstock.core.errors import ConfigError
 from penstock.twin.costs.hardware import PowerCurve, parse_error, parse_power
-from penstock.twin.costs.least_squares import Array, robust_nonnegative
+from penstock.twin.costs.least_squares import Array, mean_nonnegative, robust_nonnegative
 from penstock.twin.costs.model import Seconds, decode_ramp
 from penstock.twin.costs.operators import FitError, causal_pairs
 from penstock.twin.costs.profile_file import SCHEMA_VERSION, Section, read_profile, toml_text
+from penstock.twin.costs.shares import CPU, ShareCurves, Sides
 from penstock.twin.costs.work import Bound, StepCost, StepWork
 
 ROW_KNOTS: Final = (
@@ -136,6 +137,21 @@ class FittedCostModel:
         watts = self.profile.power.watts(1.0 if is_compute else 0.0, 0.0 if is_compute else 1.0)
         return StepCost(seconds, bound, watts * seconds, 0.0, 0.0, self._in_range(work))
 
+    @property
+    def share_curves(self) -> ShareCurves:
+        return CPU
+
+    def sides(self, work: StepWork) -> Sides:
+        """A step of one row is bound by the weights; what more rows cost is arithmetic."""
+        terms, rows = self._terms, work.rows
+        first_s = terms.step_s + self._rows_s(1)
+        pairs = sum(causal_pairs(new, context) for new, context in work.prefills)
+        before = sum(context - new for new, context in work.prefills)
+        compute_s = max(0.0, self._rows_s(rows) - self._rows_s(1)) + terms.pair_s * pairs
+        memory_s = first_s + terms.context_s * work.decode_context + terms.before_s * before
+        host_s = terms.sample_s * work.samples + terms.sequence_s * (work.decodes + len(work.prefills))
+        return Sides(((compute_s, 0.0), (0.0, memory_s)), host_s)
+
     def _shares(self, work: StepWork) -> dict[Bound, float]:
         """Seconds by bound. A step of one row reads all weights, so `step_s` counts as memory."""
         terms = self._terms
@@ -195,15 +211,19 @@ def fit_steps(
     name: str = "this machine",
     source: str = "recorded steps",
     power: PowerCurve | None = None,
+    is_lived: bool = False,
 ) -> FittedCostModel:
-    """Fit a model to recorded steps: robustly, on relative errors, with no negative coefficient.
+    """Fit a model to steps, with no negative coefficient.
 
-    Errors are measured honestly: each half of the samples is predicted from a fit to the other half.
+    Steps made for the purpose are fitted robustly: what disturbed one of them is not the engine's. Of steps
+    that were lived through (`is_lived`), behind a gateway and its clients, disturbances are part, and the
+    fit is right on average. Errors are measured honestly: each half of the samples is predicted from a fit to
+    the other half.
     Raises ConfigError for too few samples, seconds that are not positive and finite, or empty steps.
     """
     _check_samples(samples)
     knots = _knots(samples)
-    values = _solve(samples, knots)
+    values = _solve(samples, knots, is_lived)
     terms, rows_s = _unpack(values, knots)
     profile = StepProfile(
         name=name,
@@ -211,7 +231,7 @@ def fit_steps(
         knots=knots,
         rows_s=rows_s,
         range=_range(samples),
-        errors=_cross_errors(samples, knots),
+        errors=_cross_errors(samples, knots, is_lived),
         power=power or PowerCurve(0.0, 0.0, 0.35, 2.5, "assumed"),
         source=source,
     )
@@ -254,9 +274,10 @@ def _features(work: StepWork, knots: Sequence[int]) -> list[float]:
     return linear + segments
 
 
-def _solve(samples: Sequence[Sample], knots: Sequence[int]) -> Array:
+def _solve(samples: Sequence[Sample], knots: Sequence[int], is_lived: bool) -> Array:
     matrix = np.array([_features(work, knots) for work, _ in samples])
-    return robust_nonnegative(matrix, np.array([seconds for _, seconds in samples]))
+    seconds = np.array([seconds for _, seconds in samples])
+    return mean_nonnegative(matrix, seconds) if is_lived else robust_nonnegative(matrix, seconds)
 
 
 def _unpack(values: Array, knots: Sequence[int]) -> tuple[StepTerms, tuple[float, ...]]:
@@ -290,13 +311,13 @@ def regime(work: StepWork) -> str:
     return "mixed" if work.decodes else "prefill"
 
 
-def _cross_errors(samples: Sequence[Sample], knots: Sequence[int]) -> dict[str, FitError]:
+def _cross_errors(samples: Sequence[Sample], knots: Sequence[int], is_lived: bool) -> dict[str, FitError]:
     """Relative errors of each half under a fit to the other. Halves interleave in order of size."""
     ordered = sorted(samples, key=lambda sample: (sample[0].rows, sample[0].decode_context, sample[1]))
     halves = (ordered[0::2], ordered[1::2])
     found: dict[str, list[float]] = {"all": []}
     for fitted, held in (halves, halves[::-1]):
-        values = _solve(fitted, knots)
+        values = _solve(fitted, knots, is_lived)
         for work, seconds in held:
             error = abs(float(np.dot(values, _features(work, knots))) / seconds - 1.0)
             found["all"].append(error)
