@@ -17,8 +17,17 @@ from rich.console import Console
 from penstock.core.metrics import RequestOutcome, Slo
 from penstock.core.reasons import FinishReason
 from penstock.workloads import report_html, wording
-from penstock.workloads.charts import Chart, Marker, Series, nice_ticks, render
-from penstock.workloads.report import INTERRUPTED, ClientFacts, Report, ReportInput, Summary, outcome_row
+from penstock.workloads.charts import Chart, Marker, Series, nice_ticks, render, standalone
+from penstock.workloads.report import (
+    INTERRUPTED,
+    ClientFacts,
+    Energy,
+    Report,
+    ReportInput,
+    Summary,
+    outcome_row,
+)
+from penstock.workloads.report_facts import facts
 from penstock.workloads.report_table import print_report
 from penstock.workloads.server_metrics import ServerSeries
 from penstock.workloads.timeline import BUCKETS_MAX, bucket_width_s, timeline_of
@@ -128,6 +137,22 @@ def test_json_is_versioned_and_finite() -> None:
     assert found["goodput"].keys() == {"requests", "attained", "span_s", "goodput_rps", "attained_frac"}
 
 
+def test_energy_is_told_by_token_and_by_request() -> None:
+    outcomes = [answered(0, 0.1, tokens=30), answered(1, 0.1, tokens=10), lost(2)]
+    energy = Energy.of(500.0, 2.0, outcomes, "published")
+    assert (energy.joules_per_output_token, energy.joules_per_request) == (12.5, 250.0)
+    report = Report.build(given_run(*outcomes, energy=energy))
+    assert report.to_json()["energy"]["joules_per_output_token"] == 12.5
+    told = dict(facts(report))["energy while computing"]
+    assert told == "0.5 kJ, 12.5 J an output token, 250 J a request (power figures: published)"
+
+
+def test_energy_without_answers_has_no_quotients() -> None:
+    energy = Energy.of(500.0, 2.0, [lost(0)], "published")
+    assert energy.joules_per_output_token is None and energy.joules_per_request is None
+    assert Report.build(given_run(lost(0))).to_json()["energy"] is None, "and a replay knows none at all"
+
+
 def test_outcome_rows() -> None:
     row = outcome_row(answered(1, 0.25), 1.002)
     assert (row["ttft_ms"], row["e2e_ms"], row["outcome"], row["sent_s"]) == (250.0, 650.0, "length", 1.002)
@@ -187,6 +212,21 @@ def test_every_picture_is_well_formed() -> None:
     for data in re.findall(r'<script type="application/json">(.*?)</script>', html, re.S):
         points = json.loads(data)
         assert all(len(series["y"]) == len(points["x"]) for series in points["series"])
+
+
+@pytest.mark.parametrize("names", [["one"], ["one", HOSTILE]])
+def test_a_picture_of_its_own_is_a_whole_document(names: list[str]) -> None:
+    """Well formed, escaped, fetching nothing, and with colours for light and dark."""
+    lines = [Series(name, f"s{index + 1}", [1.0, 3.0, None, 2.0]) for index, name in enumerate(names)]
+    chart = Chart(HOSTILE, HOSTILE, [0, 1, 2, 3], lines, str, str, markers=[Marker(1, HOSTILE)])
+    text = standalone(chart)
+    root = ElementTree.fromstring(text)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert "prefers-color-scheme: dark" in text
+    assert "<script" not in text and not re.search(r"href=|url\(|@import", text)
+    said = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert said.count(HOSTILE) == 3 + (len(names) > 1), "title, subtitle, marker, and the legend of several"
+    assert ElementTree.fromstring(standalone(replace(chart, xs=[], series=[]))) is not None
 
 
 def test_chart_data_cannot_end_its_script() -> None:

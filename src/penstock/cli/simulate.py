@@ -163,7 +163,7 @@ def simulate(
     )
     notes = [*hopeless, *notes_of(machine, fleet, facts)]
     report = _report(rows.name, _configuration(rows, shape, settings, machine, fleet, clients), fleet,
-                     outcomes, slos, warmup_s, notes)  # fmt: skip
+                     outcomes, slos, warmup_s, notes, machine.power_status)  # fmt: skip
     _show(report, outcomes, out, as_json)
 
 
@@ -174,13 +174,6 @@ def notes_of(machine: Machine, fleet: Sequence[TwinReplica], facts: TraceFacts) 
     if beyond:
         notes.append(
             f"{beyond} times a step went beyond what the profile was calibrated on: less sure than stated"
-        )
-    joules = sum(twin.executor.busy_joules for twin in fleet)
-    if joules:
-        busy_s = sum(twin.executor.busy_s for twin in fleet)
-        notes.append(
-            f"energy while computing: {joules / 1e3:.1f} kJ, {joules / busy_s:.0f} W a busy replica "
-            f"(power figures: {machine.power_status})"
         )
     if facts.never_fit:
         notes.append(
@@ -228,9 +221,13 @@ def _report(
     slos: dict[str, Slo],
     warmup_s: float,
     notes: list[str],
+    power_status: str,
 ) -> Report:
     from penstock.twin.simulate import series_of
-    from penstock.workloads.report import Report, ReportInput
+    from penstock.workloads.report import Energy, Report, ReportInput
+
+    joules = sum(twin.executor.busy_joules for twin in fleet)  # 0 where the profile knows no power
+    busy_s = sum(twin.executor.busy_s for twin in fleet)
 
     return Report.build(
         ReportInput(
@@ -242,6 +239,7 @@ def _report(
             server=series_of(fleet),
             configuration=configuration,
             notes=notes,
+            energy=Energy.of(joules, busy_s, outcomes, power_status) if joules else None,
         )
     )
 

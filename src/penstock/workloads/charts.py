@@ -12,10 +12,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from penstock.workloads.report_style import DRAWING, PALETTE
+
 HEIGHT = 230
 SMALL, MEDIUM, WIDE = 372, 560, 1140  # of a third, a half and the whole of the page: text keeps its size
 _SMALLEST = 1e-9  # a picture of values below it is a flat line at 0
 LEFT, RIGHT, TOP, BOTTOM = 52, 14, 20, 28
+HEAD = 66  # of a picture of its own: title, subtitle, legend
+_OWN_STYLE = """
+text { font: 11px system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+svg .title { font-size: 14px; font-weight: 600; fill: var(--ink); }
+svg .note { font-size: 12px; } svg .key { font-size: 12px; fill: var(--soft); }
+.card { fill: var(--card); stroke: var(--rule); } .swatch { fill: var(--tone); }
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +76,44 @@ def render(chart: Chart) -> str:
         f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/></svg>',
     ]
     return _figure(chart, "".join(parts) + _tooltip_data(chart, axes))
+
+
+def standalone(chart: Chart) -> str:
+    """One SVG document, for a page that shows files: title and legend inside, its own light and dark colours.
+
+    Pure. A chart without values says so.
+    """
+    values = [y for series in chart.series for y in series.ys if y is not None]
+    height = HEIGHT + HEAD
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {chart.width} {height}" role="img" '
+        f'width="{chart.width}" height="{height}" aria-label="{escape(chart.title)}">',
+        f"<style>{PALETTE}{DRAWING}{_OWN_STYLE}</style>",
+        f'<rect class="card" width="{chart.width}" height="{height}" rx="10"/>',
+        f'<text class="title" x="16" y="24">{escape(chart.title)}</text>',
+        f'<text class="note" x="16" y="42">{escape(chart.subtitle)}</text>',
+    ]
+    if len(chart.series) > 1:
+        parts.append(_keys(chart.series))
+    parts.append(f'<g transform="translate(0 {HEAD})">')
+    if len(chart.xs) < 2 or not values:
+        parts.append(f'<text class="note" x="16" y="{HEIGHT // 2}">no data</text>')
+    else:
+        axes = _Axes.of(chart, min(values), max(values))
+        parts.append(_grid(chart, axes))
+        parts += [_line(chart.xs, series, axes) for series in chart.series]
+        parts += [_marker(marker, axes) for marker in chart.markers]
+    return "\n".join([*parts, "</g></svg>", ""])
+
+
+def _keys(series: Sequence[Series]) -> str:
+    """The legend; a letter is taken for 6.4 pixels."""
+    parts, x = [], 16.0
+    for item in series:
+        parts.append(f'<rect class="swatch {item.tone}" x="{x:.0f}" y="52" width="10" height="10" rx="3"/>')
+        parts.append(f'<text class="key" x="{x + 16:.0f}" y="61">{escape(item.name)}</text>')
+        x += 16 + 6.4 * len(item.name) + 18
+    return "".join(parts)
 
 
 def log_ticks(low: float, high: float) -> list[float]:

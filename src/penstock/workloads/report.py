@@ -115,6 +115,34 @@ class Tokens:
     output: int
 
 
+@dataclass(frozen=True, slots=True)
+class Energy:
+    """What a simulation's replicas drew while they computed, warm-up included; idle power is not in it.
+
+    The quotients are over every output token and every answered request of the run, None where there is none.
+    """
+
+    busy_joules: float
+    busy_s: float  # of all replicas together
+    joules_per_output_token: float | None
+    joules_per_request: float | None
+    power_status: str  # how the power figures are known: `measured`, `published`, ...
+
+    @classmethod
+    def of(
+        cls, busy_joules: float, busy_s: float, outcomes: Sequence[RequestOutcome], power_status: str
+    ) -> Energy:
+        output_tokens = sum(outcome.output_tokens for outcome in outcomes)
+        answered = sum(outcome.is_answered for outcome in outcomes)
+        return cls(
+            busy_joules,
+            busy_s,
+            busy_joules / output_tokens if output_tokens else None,
+            busy_joules / answered if answered else None,
+            power_status,
+        )
+
+
 @dataclass(slots=True)
 class ReportInput:
     """Everything a report is made of. `sent_s` is parallel to `outcomes`, None in the twin."""
@@ -130,6 +158,7 @@ class ReportInput:
     configuration: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
     interrupted: bool = False
+    energy: Energy | None = None  # None in a replay, and where a profile knows no power
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +182,7 @@ class Report:
     server: ServerSeries | None
     configuration: dict[str, Any]
     notes: list[str]
+    energy: Energy | None = None
 
     @classmethod
     def build(cls, given: ReportInput) -> Report:
@@ -180,6 +210,7 @@ class Report:
             server=given.server,
             configuration=dict(given.configuration),
             notes=list(given.notes),
+            energy=given.energy,
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from penstock.workloads import wording
-from penstock.workloads.report import ClientFacts, Report
+from penstock.workloads.report import ClientFacts, Energy, Report
 
 
 def facts(report: Report) -> list[tuple[str, str]]:
@@ -19,6 +19,8 @@ def facts(report: Report) -> list[tuple[str, str]]:
     if report.server is not None:
         counters = report.server.counters.items()
         found += [(f"server {key.replace('_', ' ')}", wording.number(value)) for key, value in counters]
+    if report.energy is not None:
+        found.append(("energy while computing", _energy(report.energy)))
     configuration = report.configuration.items()
     return found + [(key.replace("_", " "), str(value)) for key, value in configuration if value is not None]
 
@@ -38,3 +40,11 @@ def _client_facts(client: ClientFacts) -> list[tuple[str, str]]:
     if client.tokens_per_chunk is not None:
         found.append(("tokens per piece", f"{client.tokens_per_chunk:.3g}"))
     return found
+
+
+def _energy(energy: Energy) -> str:
+    per_token, per_request = energy.joules_per_output_token, energy.joules_per_request
+    said = f"{energy.busy_joules / 1e3:.1f} kJ"
+    if per_token is not None and per_request is not None:
+        said += f", {per_token:.3g} J an output token, {per_request:.3g} J a request"
+    return f"{said} (power figures: {energy.power_status})"

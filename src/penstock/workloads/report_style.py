@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-CSS = """
+PALETTE = """
 :root {
   color-scheme: light dark;
   --page: #f6f7f9; --card: #ffffff; --ink: #14181f; --soft: #5b6472; --faint: #8a93a1; --rule: #e4e7ec;
@@ -16,6 +16,25 @@ CSS = """
     --s6: #a7b0bd; --bad: #ff6b74; --good: #4cc98d;
   }
 }
+"""
+
+# What is drawn inside a picture; it also stands in pictures of their own (`charts.standalone`).
+DRAWING = """
+.s1 { --tone: var(--s1); } .s2 { --tone: var(--s2); } .s3 { --tone: var(--s3); } .s4 { --tone: var(--s4); }
+.s5 { --tone: var(--s5); } .s6 { --tone: var(--s6); }
+.lost { --tone: var(--bad); } .gained { --tone: var(--good); }
+svg text { font-size: 11px; fill: var(--faint); }
+svg .grid { stroke: var(--rule); }
+svg .line { fill: none; stroke: var(--tone); stroke-width: 1.8; stroke-linejoin: round; }
+svg .area { fill: var(--tone); opacity: .13; }
+svg .dot { fill: var(--tone); }
+svg line.mark { stroke: var(--faint); stroke-dasharray: 4 3; }
+svg text.mark { fill: var(--soft); }
+"""
+
+CSS = (
+    PALETTE
+    + """
 * { box-sizing: border-box; }
 body {
   margin: 0; background: var(--page); color: var(--ink);
@@ -54,17 +73,10 @@ figcaption p { margin: 0; color: var(--faint); font-size: 12.5px; }
   background: var(--tone);
 }
 .none { padding: 60px 0; text-align: center; color: var(--faint); }
-.s1 { --tone: var(--s1); } .s2 { --tone: var(--s2); } .s3 { --tone: var(--s3); } .s4 { --tone: var(--s4); }
-.s5 { --tone: var(--s5); } .s6 { --tone: var(--s6); }
-.lost { --tone: var(--bad); } .gained { --tone: var(--good); }
 svg { display: block; width: 100%; height: auto; margin-top: 6px; }
-svg text { font-size: 11px; fill: var(--faint); }
-svg .grid { stroke: var(--rule); }
-svg .line { fill: none; stroke: var(--tone); stroke-width: 1.8; stroke-linejoin: round; }
-svg .area { fill: var(--tone); opacity: .13; }
-svg .dot { fill: var(--tone); }
-svg line.mark { stroke: var(--faint); stroke-dasharray: 4 3; }
-svg text.mark { fill: var(--soft); }
+"""
+    + DRAWING
+    + """
 svg .cursor { stroke: var(--soft); stroke-width: 1; visibility: hidden; }
 .tip { position: absolute; pointer-events: none; padding: 7px 10px; border-radius: 8px; font-size: 12.5px;
   background: var(--ink); color: var(--page); white-space: nowrap; z-index: 2; }
@@ -93,6 +105,7 @@ table.facts td:last-child { white-space: normal; overflow-wrap: anywhere; }
 footer { margin-top: 36px; color: var(--faint); font-size: 12.5px; }
 @media print { body { background: #fff; } .card { break-inside: avoid; } }
 """
+)
 
 SCRIPT = """
 for (const figure of document.querySelectorAll("figure.chart")) {
