@@ -8,6 +8,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 from penstock.core import step_trace
 from penstock.core.events import ReplicaEvent
@@ -23,11 +24,15 @@ from penstock.replica.journal import Journal
 from penstock.replica.limits import ReplicaLimits
 from penstock.replica.step_meter import StepMeter
 
-SALT_BYTES = 16
+SALT_BYTES: Final = 16
+FLUSH_S: Final = 1.0
 
 
 class Recording:
-    """One engine's files. Lines reach the disk when the engine is idle, or as buffers fill."""
+    """One engine's files. Lines reach the disk when the engine falls idle, and once a second while it works.
+
+    So an engine that is killed loses the lines of its last second at most, and the step it was in.
+    """
 
     def __init__(self, settings: Settings, limits: ReplicaLimits) -> None:
         """Creates the files that the settings name. Raises EnvironmentMissing."""
@@ -43,6 +48,7 @@ class Recording:
         self._measures = bool(wanted.steps or settings.twin.profile)
         self._meter = StepMeter()
         self._is_idle = False
+        self._flushed_s = 0.0  # on the engine's clock
 
     def submitted(self, request: Request, now_s: float) -> None:
         if self._journal is not None:
@@ -59,8 +65,8 @@ class Recording:
             return
         if self._journal is not None:
             self._journal.planned(plan, now_s)
-        if self._is_idle:
-            self._flush()
+        if self._is_idle or now_s - self._flushed_s >= FLUSH_S:
+            self._flush(now_s)
 
     def completed(
         self, plan: StepPlan, result: StepResult, events: Sequence[ReplicaEvent], times: StepTimes
@@ -68,11 +74,11 @@ class Recording:
         """The step's record, where anything reads one."""
         if self._journal is not None:
             self._journal.completed(result, events, times.ended_s)
-        if not self._measures:
-            return None
-        record = self._meter.record(plan, result, times)
-        if self._steps is not None:
+        record = self._meter.record(plan, result, times) if self._measures else None
+        if self._steps is not None and record is not None:
             self._steps.write(step_trace.line_of(record))
+        if times.ended_s - self._flushed_s >= FLUSH_S:
+            self._flush(times.ended_s)
         return record
 
     def failed(self, now_s: float) -> None:
@@ -80,13 +86,14 @@ class Recording:
         self._meter = StepMeter()
         if self._journal is not None:
             self._journal.failed(now_s)
-            self._flush()
+        self._flush(now_s)
 
     def close(self) -> None:
         for file in self._files:
             file.close()
 
-    def _flush(self) -> None:
+    def _flush(self, now_s: float) -> None:
+        self._flushed_s = now_s
         for file in self._files:
             file.flush()
 
