@@ -342,7 +342,7 @@ def preempted_time_is_charged_twice(patch: Patch) -> None:
 
 @mutant("fcfs")
 def the_newest_is_admitted_first(patch: Patch) -> None:
-    patch.setattr(WaitingQueue, "at", lambda self, place: self._entries[-1 - place][2])
+    patch.setattr(WaitingQueue, "at", lambda self, place: self._lines[""][-1 - place][2])
 
 
 @mutant("fcfs")
@@ -351,7 +351,7 @@ def a_preempted_sequence_loses_its_place(patch: Patch) -> None:
 
     def demoted(self: Replica, victim: Sequence, *rest: Any) -> None:
         preempt(self, victim, *rest)
-        entries = self._waiting._entries
+        entries = self._waiting._lines[""]
         index = next(i for i, entry in enumerate(entries) if entry[2] is victim)
         entries.append(entries.pop(index))
 

@@ -6,24 +6,25 @@ import importlib
 import pkgutil
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import resources
 from types import ModuleType
 from typing import Any
 
 from penstock.core.errors import ConfigError
 from penstock.core.settings import PolicySettings, Settings
-from penstock.policies import admit, compose, preempt, rank, retain
+from penstock.policies import admit, compose, lanes, preempt, rank, retain
 from penstock.policies.admit import ADMIT, Admit
 from penstock.policies.base import HOOKS, Observer
 from penstock.policies.compose import COMPOSE, Compose
 from penstock.policies.context import Context, ServiceTerms
+from penstock.policies.lanes import LANES, Lanes
 from penstock.policies.preempt import PREEMPT, Preempt
 from penstock.policies.rank import RANK, Rank
 from penstock.policies.registry import Registry, nearest
 from penstock.policies.retain import RETAIN, Retain
 
-_SLOT_PACKAGES: tuple[ModuleType, ...] = (rank, admit, compose, preempt, retain)
+_SLOT_PACKAGES: tuple[ModuleType, ...] = (rank, admit, compose, preempt, retain, lanes)
 
 
 def _import_policies() -> None:
@@ -41,6 +42,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "compose": COMPOSE,
     "preempt": PREEMPT,
     "retain": RETAIN,
+    "lanes": LANES,
 }
 
 
@@ -56,6 +58,7 @@ class Stack:
     compose: Compose
     preempt: Preempt
     retain: Retain
+    lanes: Lanes
     hooks: Mapping[str, Sequence[Callable[..., Any]]]
 
 
@@ -72,7 +75,8 @@ def make_stack(policies: PolicySettings, terms: ServiceTerms | None = None) -> S
         )
     context = Context(terms)
     parts = {
-        slot: REGISTRIES[slot].make(name, context, policies.options.get(name)) for slot, name in names.items()
+        slot: REGISTRIES[slot].make(name, context, _own_options(slot, name, policies))
+        for slot, name in names.items()
     }
     return Stack(**parts, hooks=_hooks([*context.estimators, *parts.values()]))
 
@@ -80,6 +84,21 @@ def make_stack(policies: PolicySettings, terms: ServiceTerms | None = None) -> S
 def make_stack_of(settings: Settings) -> Stack:
     """The stack of a replica that runs on these settings. Raises as `make_stack`."""
     return make_stack(settings.policies, terms_of(settings))
+
+
+def check_servable(policies: PolicySettings) -> None:
+    """Raises ConfigError for a stack that only the twin can run."""
+    if lanes_split(policies):
+        raise ConfigError(
+            f"`lanes = {policies.lanes}` runs in the twin only: the engine computes one step at a time.",
+            hint="`penstock simulate` and `penstock compare` take it; to serve, leave `policies.lanes` at `none`.",
+            param="policies.lanes",
+        )
+
+
+def lanes_split(policies: PolicySettings) -> bool:
+    """Whether prefill and decode run beside each other. Raises ConfigError for an unknown name."""
+    return LANES.entry(policies.lanes).make.splits
 
 
 def rank_class(name: str) -> type[Rank]:
@@ -104,6 +123,19 @@ def _check_options(policies: PolicySettings) -> None:
                 hint=nearest(name, known),
                 param=f"policies.options.{name}",
             )
+
+
+def _own_options(slot: str, name: str, policies: PolicySettings) -> dict[str, Any]:
+    """Policies of one name in several slots share a table; each takes its own, and a typo stays with all."""
+    others = {
+        item.name
+        for other, registry in REGISTRIES.items()
+        if other != slot and name in registry.names()
+        for item in fields(registry.entry(name).options)
+    }
+    own = {item.name for item in fields(REGISTRIES[slot].entry(name).options)}
+    table = policies.options.get(name, {})
+    return {key: value for key, value in table.items() if key in own or key not in others}
 
 
 def conflict_in(names: Mapping[str, str]) -> tuple[str, str, str] | None:

@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from penstock.core.reasons import WaitReason
-from penstock.core.request import Request
+from penstock.core.request import ProgramKey, Request
+
+
+@dataclass(frozen=True, slots=True)
+class CopyFacts:
+    """One copy of a sequence's KV that is done. `seconds` without its wait for the copies before it."""
+
+    is_out: bool  # device to host
+    blocks: int
+    extents: int  # runs of blocks, each copied at once
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +68,21 @@ class SequenceView(Protocol):
     def first_token_s(self) -> float | None: ...
 
 
+class PinView(Protocol):
+    """KV that a finished turn left pinned for the next turn of its program."""
+
+    @property
+    def program(self) -> ProgramKey: ...
+    @property
+    def until_s(self) -> float: ...
+    @property
+    def arrival_index(self) -> int:
+        """Of the finished turn."""
+
+    @property
+    def block_count(self) -> int: ...
+
+
 class ReplicaView(Protocol):
     """One replica between two steps. Sequences are in rank order.
 
@@ -77,6 +102,9 @@ class ReplicaView(Protocol):
 
     @property
     def waiting_count(self) -> int: ...
+    def outranks(self, head: SequenceView, other: SequenceView) -> bool:
+        """Whether the rank policy lets `head`, which waits, take the place of `other`, which runs."""
+
     @property
     def decode_clock(self) -> int:
         """Decode steps so far: each advanced every decoding sequence that was not paused by one token."""
@@ -87,11 +115,18 @@ class ReplicaView(Protocol):
 
     @property
     def prefilling(self) -> collections.abc.Sequence[SequenceView]: ...
+    def ranks_before(self, first: SequenceView, second: SequenceView) -> bool:
+        """Whether `first` goes before `second`, by the keys of the rank policy."""
+
     @property
     def decoding_count(self) -> int: ...
     @property
     def blocks_available(self) -> int:
         """Free blocks plus cached blocks that nobody uses."""
+
+    @property
+    def blocks_pinned(self) -> int:
+        """Blocks that pins hold, some perhaps together with running sequences; none of them is available."""
 
     @property
     def block_count(self) -> int: ...
@@ -111,6 +146,7 @@ class Candidate:
     cached_len: int  # tokens found in the prefix index
     blocks_cached: int  # blocks of those
     blocks_revived: int  # of these, how many count as available now and will not once they are taken
+    restored_len: int = 0  # tokens, from the first, found in host memory; beyond `cached_len` they need blocks
 
 
 @dataclass(frozen=True, slots=True)

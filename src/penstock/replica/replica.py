@@ -12,6 +12,7 @@ from penstock.core.events import Finished
 from penstock.core.reasons import CancelReason, FinishReason, PreemptReason, WaitReason
 from penstock.core.request import Request
 from penstock.core.step import Chunk, StepPlan
+from penstock.core.units import ceil_div
 from penstock.policies.compose import Composition
 from penstock.policies.view import Candidate, Refusal
 from penstock.replica.limits import check_feasible
@@ -28,6 +29,8 @@ class Replica(Results):
         """Queue a request. Raises RequestError if it could never run; ids are unique."""
         assert request.id not in self._by_request, f"request id {request.id} is in use"
         check_feasible(request, self.limits)
+        self._now_s = now_s
+        self._expire_pins(now_s)  # before it waits: a pin that was up is not kept for it
         sequence = Sequence(self._sequences_seen, request, now_s)
         self._sequences_seen += 1
         self._by_request[request.id] = sequence
@@ -42,7 +45,7 @@ class Replica(Results):
         if sequence is None:
             return None
         if not sequence.running:
-            self._waiting.remove(sequence)
+            self._leave_queue(sequence)
             self._standing_steps = 0  # whom it held up may start with the next step
         finish = FinishReason.STOP if reason is CancelReason.STOP_STRING else FinishReason.CANCELLED
         return self._finish(sequence, finish, now_s, detail=reason.value)
@@ -53,14 +56,24 @@ class Replica(Results):
         failed = []
         for sequence in list(self._by_request.values()):
             if not sequence.running:
-                self._waiting.remove(sequence)
+                self._leave_queue(sequence)
             failed.append(self._finish(sequence, FinishReason.FAILED, now_s, detail=detail))
+        if self._swapping is not None:
+            self._swapping.abandon(now_s)
         return failed
+
+    def _leave_queue(self, sequence: Sequence) -> None:
+        """It waits, or its KV is on its way from the host."""
+        if self._swapping is not None and sequence.seq_id in self._swapping.loading:
+            self._swapping.unload(sequence)
+        else:
+            self._waiting.remove(sequence)
 
     def plan(self, now_s: float) -> StepPlan | None:
         """The next step, or None when there is nothing to do. Each plan is completed before the next."""
         assert self._outstanding is None, "complete the last plan first"
         self._now_s = now_s
+        self._expire_pins(now_s)
         if self._standing_steps > 0 and self._stack.rank.version(now_s) == self._rank_version:
             plan: StepPlan | None = self._plan_again(now_s)
         else:
@@ -76,19 +89,24 @@ class Replica(Results):
         self._secure_decodes(now_s)
         if self._waiting and self._stats.preemptions_total == preempted_before:
             self._admit_waiting(now_s)
+        if not self._running and self._swapping is not None and self._swapping.is_busy:
+            self._swapping.wait_for_any()
+            self._standing_steps = 0
+            return self._make_plan([], 0, frozenset())
         if not self._running:
             assert not self._waiting, "a policy admits the head of the queue when nothing runs"
             self._events.clear()
             return None
         composition = self._stack.compose.compose(self, now_s)
         chunks = self._chunks(composition, now_s)
-        paused = self._paused(composition)
+        paused = self._paused(composition, bool(chunks))
         decode_count = len(self._lane.members) - len(paused) if composition.decode else 0
         assert chunks or decode_count, "a step computes something while something runs"
         plan = self._make_plan(chunks, decode_count, paused)
         # Where somebody had to yield, the next plan may admit again.
         if not chunks and not paused and self._stats.preemptions_total == preempted_before:
             plan.repeat = self._steps_without_decision(now_s)
+            plan.until_s = self._pins.due_s
         self._standing_steps = plan.repeat - 1
         return plan
 
@@ -97,6 +115,7 @@ class Replica(Results):
         self._secure_decodes(now_s)
         plan = self._make_plan([], len(self._lane.members), frozenset())
         plan.repeat = self._standing_steps
+        plan.until_s = self._pins.due_s
         self._standing_steps -= 1
         return plan
 
@@ -107,20 +126,23 @@ class Replica(Results):
 
     def _steps_without_decision(self, now_s: float) -> int:
         """For how many decode steps nobody ends for sure, the blocks last, and no policy changes its mind."""
-        if not self.limits.repeat:
+        if not self.limits.repeat or self._pins.has_overdue:
             return 1
         steps = self._lane.steps_to_finish()
         for steps_valid in self._steps_valid:
             steps = min(steps, steps_valid(self, now_s))
         return self._lane.edges_within(steps, self._pool.available)
 
-    def _refresh_ranks(self, now_s: float) -> None:
+    def _refresh_ranks(self, now_s: float) -> bool:
+        """Bring the order up to date with the policy; whether it has changed."""
         self._waiting.refresh(now_s)
         version = self._stack.rank.version(now_s)
-        if version != self._rank_version:
-            self._rank_version = version
-            self._ranked = None
-            self._prefilling.sort(key=self._rank_key)
+        if version == self._rank_version:
+            return False
+        self._rank_version = version
+        self._ranked = None
+        self._prefilling.sort(key=self._rank_key)
+        return True
 
     def _admit_waiting(self, now_s: float) -> None:
         room = self._stack.compose.prefill_room(self, now_s)
@@ -128,17 +150,28 @@ class Replica(Results):
         passed = 0  # siblings that wait for their leader hold up nobody else
         while passed < len(self._waiting):
             sequence = self._waiting.at(passed)
-            if self._waits_for_leader(sequence):
-                self._head_reason = self._head_reason or WaitReason.LEADER
+            sibling = self._waits_for_sibling(sequence)
+            if sibling is not None:
+                self._head_reason = self._head_reason or sibling
+                if room <= 0:
+                    return  # and nobody behind it could start either
                 passed += 1
                 continue
             refusal, computed = self._try_admit(sequence, room, now_s)
-            while refusal is not None and self._make_room(refusal, now_s):
+            while refusal is not None and (self._make_room(refusal, now_s) or self._unpin(refusal, now_s)):
                 refusal, computed = self._try_admit(sequence, room, now_s)
             if refusal is not None:
                 self._head_reason = refusal.reason
                 return
             room -= computed
+            if self._refresh_ranks(now_s):  # who starts may change whose turn is next
+                passed = 0
+
+    def _waits_for_sibling(self, sequence: Sequence) -> WaitReason | None:
+        """Whether another is still computing the prompt, or the beginning of it, that both share."""
+        if self._group_leaders.is_computing(sequence):
+            return WaitReason.GROUP
+        return WaitReason.LEADER if self._waits_for_leader(sequence) else None
 
     def _waits_for_leader(self, sequence: Sequence) -> bool:
         """Whether a sibling that ranks before it is still computing the prompt both share."""
@@ -152,16 +185,23 @@ class Replica(Results):
         cached_blocks = self._prefixes.cached_blocks(sequence)
         cached_len = len(cached_blocks) * self.block_tokens
         revived = self._pool.parked_among(cached_blocks)
-        candidate = Candidate(sequence, cached_len, len(cached_blocks), revived)
-        if len(self._running) >= self.limits.running_max:
+        swapping = self._swapping
+        restored_len = 0 if swapping is None else swapping.found_len(sequence)
+        candidate = Candidate(sequence, cached_len, len(cached_blocks), revived, restored_len)
+        if swapping is not None and swapping.is_leaving(sequence):
+            return Refusal(candidate, WaitReason.KV_COPY), 0
+        if self.slots_used >= self.limits.running_max:
             return Refusal(candidate, WaitReason.SLOTS), 0
         if room <= 0:
             return Refusal(candidate, WaitReason.STEP_BUDGET), 0
         admission = self._stack.admit.decide(candidate, self, now_s)
         if admission.reason is not None:
             return Refusal(candidate, admission.reason), 0
-        self._start(sequence, cached_blocks, admission.reserve_len, now_s)
-        return None, sequence.total_len - cached_len
+        fresh = max(0, ceil_div(admission.reserve_len, self.block_tokens) - len(cached_blocks))
+        if swapping is not None and swapping.is_busy and fresh + revived > self._pool.available:
+            return Refusal(candidate, WaitReason.KV_COPY), 0  # room is on its way
+        self._start(sequence, cached_blocks, admission.reserve_len, now_s, restored_len)
+        return None, sequence.total_len - max(cached_len, restored_len)
 
     def _make_room(self, refusal: Refusal, now_s: float) -> bool:
         """Whether somebody has yielded to the head of the queue."""
@@ -175,6 +215,17 @@ class Replica(Results):
         assert self._rank_key(victim) > self._rank_key(head), "nobody yields to a lower rank"
         self._preempt(victim, head, PreemptReason.OUTRANKED, now_s)
         return True
+
+    def _unpin(self, refusal: Refusal, now_s: float) -> bool:
+        """Whether a pin went, because nothing runs and the head of the queue has no room."""
+        if self.slots_used or refusal.reason is not WaitReason.KV_CAPACITY:
+            return False
+        return self._pins.sacrifice(now_s, refusal.candidate.sequence.request.program)
+
+    def _expire_pins(self, now_s: float) -> None:
+        if self._pins.due_s <= now_s or self._pins.has_overdue:
+            if self._pins.expire(now_s, self._waiting.has_turn_of):
+                self._standing_steps = 0  # there is room that there was not
 
     def _chunks(self, composition: Composition, now_s: float) -> list[Chunk]:
         """Shares with their KV secured; a share whose sequence had to yield drops out."""
@@ -190,8 +241,12 @@ class Replica(Results):
             return chunks
         return [chunk for chunk in chunks if chunk.seq_id in self._running]
 
-    def _paused(self, composition: Composition) -> frozenset[int]:
-        if not composition.paused:
+    def _paused(self, composition: Composition, has_chunks: bool) -> frozenset[int]:
+        """Whom the composer leaves out, and who lacks a block. Somebody moves: if need be the former do."""
+        if not composition.paused and not self._sitting_out:
             return frozenset()
+        members = self._lane.members.keys()
+        without = self._sitting_out & members
         chosen = {sequence.arrival_index for sequence in composition.paused}  # equals the seq_id
-        return frozenset(chosen & self._lane.members.keys())
+        paused = frozenset((chosen | without) & members)
+        return without if not has_chunks and len(paused) == len(members) else paused

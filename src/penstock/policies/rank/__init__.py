@@ -22,9 +22,22 @@ class Rank(Policy):
 
     reorders: ClassVar[bool] = True
     reads_priority: ClassVar[bool] = False
+    orders_tenants: ClassVar[bool] = False  # see `key`
 
     @abstractmethod
-    def key(self, sequence: SequenceView, now_s: float) -> RankKey: ...
+    def key(self, sequence: SequenceView, now_s: float) -> RankKey:
+        """With `orders_tenants` the first element is the tenant's own, at any one version, and the rest of
+        the key never changes: then a change of version costs a sort of the tenants, not of the queue.
+        """
+
+    def outranks(self, head: SequenceView, other: SequenceView, now_s: float) -> bool:
+        """Whether `head`, which waits, may take the place of `other`, which runs; then its key is smaller.
+
+        Equals never do. Where keys drift the policy asks for a margin as well, so that two cannot push each
+        other out in turn. An answer of False may become True only with an event, after `steps_valid` steps,
+        or when `version` moves.
+        """
+        return self.key(head, now_s) < self.key(other, now_s)
 
     def version(self, now_s: float) -> int:
         """Constant where keys never change."""

@@ -17,3 +17,6 @@ class Fcfs(Rank):
 
     def key(self, sequence: SequenceView, now_s: float) -> RankKey:
         return (sequence.arrival_index,)
+
+    def outranks(self, head: SequenceView, other: SequenceView, now_s: float) -> bool:
+        return False  # all are equals; who came first waits no less for that
