@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections import OrderedDict, deque
+from collections.abc import Iterable
 from typing import Any, Final
 
 import numpy as np
@@ -73,17 +75,17 @@ class LengthBelief(Observer):
 
     def quantile(self, sequence: SequenceView, q: float) -> int:
         """Total output tokens that it stays within with probability `q`."""
+        return self.at(sequence, (q,))[0]
+
+    def at(self, sequence: SequenceView, places: Iterable[float]) -> list[int]:
+        """Total outputs at places from 0 to 1 of its distribution; at uniform places they are draws."""
         values, produced, maximum = self._of(sequence)
         if produced == 0:
-            place = min(int(q * len(values)), len(values) - 1)
-            return max(1, min(values[place], maximum))
+            last = len(values) - 1
+            return [max(1, min(values[min(int(place * len(values)), last)], maximum)) for place in places]
         first = bisect.bisect_right(values, produced)
         steps = len(values) - first + (values[-1] < maximum)
-        place_exact = q * steps
-        index = min(int(place_exact), steps - 1)
-        low = _support_at(values, first, index, produced, maximum)
-        high = _support_at(values, first, index + 1, produced, maximum)
-        return _whole(low + (high - low) * (place_exact - index), produced, maximum)
+        return [_interpolated(values, first, place * steps, steps, produced, maximum) for place in places]
 
     def mean(self, sequence: SequenceView) -> float:
         """Expected total output tokens."""
@@ -101,10 +103,8 @@ class LengthBelief(Observer):
 
     def sample(self, sequence: SequenceView, draws: int, round: int) -> Ints:
         """int64[draws]: independent total outputs; the same for the same request, state and round."""
-        uniform = self._context.random(f"lengths/{sequence.request.id}", round).random((draws, 1))
-        groups = np.array([self.group_of(sequence.request)])
-        produced, maxima = np.array([sequence.output_len]), np.array([sequence.request.max_output_tokens])
-        return self.totals(groups, produced, maxima, uniform)[:, 0]
+        uniform = self._context.random(f"lengths/{sequence.request.id}", round).random(draws)
+        return np.array(self.at(sequence, uniform.tolist()))
 
     # ---- many requests at once ------------------------------------------------------------------------
 
@@ -186,16 +186,16 @@ class _History:
         bisect.insort(self.values, value)
 
 
-def _support_at(values: list[int], first: int, index: int, produced: int, maximum: int) -> int:
-    if index == 0:
-        return produced
-    place = first + index - 1
-    return min(values[place], maximum) if place < len(values) else maximum
-
-
-def _whole(exact: float, produced: int, maximum: int) -> int:
-    """The next whole token above, within the bounds of the belief."""
-    return min(max(int(np.ceil(exact)), produced + 1), maximum)
+def _interpolated(
+    values: list[int], first: int, place: float, steps: int, produced: int, maximum: int
+) -> int:
+    """The point of the support at `place` in 0..steps, rounded up."""
+    index = min(int(place), steps - 1)
+    above = first + index
+    low = produced if index == 0 else min(values[above - 1], maximum)
+    high = min(values[above], maximum) if above < len(values) else maximum
+    exact = low + (high - low) * (place - index)
+    return min(max(math.ceil(exact), produced + 1), maximum)
 
 
 def _values_at(table: Ints, begins: Ints, base: Ints, places: Any, counts: Ints, maxima: Ints) -> Ints:
