@@ -4,8 +4,8 @@
 
 NAME is a slot, a policy or `slot/policy`; none: all. The twin's scenarios take seconds and give the same
 numbers everywhere. `--live` also runs what can be shown on this machine's CPU engine, minutes in all, on an
-otherwise idle machine. `--write` renews the table in docs/policies.md and the pages in docs/policies/.
-Exit code 1 when a claim fails.
+otherwise idle machine. `--write` renews the rows of these policies in docs/policies.md and their pages and
+pictures in docs/policies/, and keeps live results in live.json. Exit code 1 when a claim fails.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import argparse
 import sys
 
 from benchmarks.effects.effect import Effect, Measured, all_effects
+from benchmarks.effects.pages import ROOT, Results, keep_live, live_of, write
+from benchmarks.results import describe_machine
+from penstock.engine.threads import wait_briefly
 
 
 def show(title: str, measured: Measured) -> None:
@@ -30,23 +33,37 @@ def chosen(names: list[str]) -> list[Effect]:
     return found
 
 
+def measure(effect: Effect, live: bool, keep: bool) -> tuple[Results, bool]:
+    """Run what was asked for, and say it; whether every claim holds. `keep` a live result for later pages."""
+    print(f"{effect.name}: {effect.headline}")
+    wins, loses = effect.wins(), effect.loses()
+    show("wins", wins)
+    show("loses", loses)
+    holds = wins.holds and loses.holds
+    if live and effect.live is not None:
+        measured = effect.live()
+        show("live", measured)
+        if keep:
+            keep_live(effect, measured, describe_machine())
+        holds &= measured.holds
+    return Results(effect, wins, loses, live_of(effect)), holds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--live", action="store_true", help="also on this machine's CPU engine")
+    parser.add_argument("--write", action="store_true", help="renew docs/policies.md and docs/policies/")
     arguments = parser.parse_args()
-    failed = False
-    for effect in chosen(arguments.names):
-        print(f"{effect.name}: {effect.headline}")
-        parts = [("wins", effect.wins()), ("loses", effect.loses())]
-        if arguments.live and effect.live is not None:
-            parts.append(("live", effect.live()))
-        for title, measured in parts:
-            show(title, measured)
-            failed |= not measured.holds
-    sys.exit(1 if failed else 0)
+    if arguments.live:
+        wait_briefly()  # before anything loads torch
+    measured = [measure(effect, arguments.live, arguments.write) for effect in chosen(arguments.names)]
+    if arguments.write:
+        for path in write([results for results, _ in measured]):
+            print(path.relative_to(ROOT))
+    sys.exit(0 if all(holds for _, holds in measured) else 1)
 
 
 if __name__ == "__main__":

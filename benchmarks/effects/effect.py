@@ -24,10 +24,14 @@ class Claim:
     def holds(self) -> bool:
         return self.low <= self.value <= self.high
 
+    @property
+    def bounds(self) -> str:
+        low = [f"≥ {self.low:g}"] * (self.low > float("-inf"))
+        high = [f"≤ {self.high:g}"] * (self.high < float("inf"))
+        return ", ".join(low + high)
+
     def __str__(self) -> str:
-        bounds = [f"≥ {self.low:g}"] * (self.low > float("-inf"))
-        bounds += [f"≤ {self.high:g}"] * (self.high < float("inf"))
-        return f"{self.what}: {self.value:.4g} ({', '.join(bounds)}){'' if self.holds else '  FAILS'}"
+        return f"{self.what}: {self.value:.4g} ({self.bounds}){'' if self.holds else '  FAILS'}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import json
 import re
 import sys
@@ -11,9 +12,12 @@ import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
+from xml.etree import ElementTree
 
 import pytest
 import typer
+from benchmarks.effects.effect import all_effects
+from benchmarks.effects.pages import options_of, page_stem, row_name
 from markdown import Fence, anchors, documents, fences, inline_code, links, penstock_words, shell_lines
 
 from penstock.cli.main import app
@@ -233,6 +237,51 @@ def test_every_policy_preset_and_slot_is_in_the_guide() -> None:
     told = set(inline_code(text_of("docs/policies.md"))) | set(inline_code(text_of("CHANGELOG.md")))
     policies = {name for registry in REGISTRIES.values() for name in registry.names()}
     assert ({*policies, *preset_names(), *REGISTRIES}) - told == set()
+
+
+# ---- pages of the policies --------------------------------------------------------------------------------
+
+POLICIES = {
+    page_stem(slot, entry.name): (slot, entry)
+    for slot, registry in REGISTRIES.items()
+    for entry in registry.entries()
+}
+PAGES_FOLDER = ROOT / "docs" / "policies"
+WRITE = "add it to benchmarks/effects, then run `python -m benchmarks.effects NAME --write`"
+
+
+def test_every_policy_shows_its_effect() -> None:
+    shown = {page_stem(effect.slot, effect.policy) for effect in all_effects()}
+    assert shown == set(POLICIES), WRITE
+
+
+def test_every_policy_has_a_page_and_a_row() -> None:
+    assert {path.stem for path in PAGES_FOLDER.glob("*.md")} == set(POLICIES), WRITE
+    rows = {row_name(line).replace("/", "-", 1) for line in text_of("docs/policies.md").splitlines()}
+    assert rows - {""} == set(POLICIES), WRITE
+
+
+@pytest.mark.parametrize(
+    "stem", [stem for stem in sorted(POLICIES) if (PAGES_FOLDER / f"{stem}.md").exists()]
+)
+def test_a_policys_page_says_what_its_class_says(stem: str) -> None:
+    """Its numbers are held by tests/sim/test_effects.py."""
+    slot, entry = POLICIES[stem]
+    page = text_of(f"docs/policies/{stem}.md")
+    assert (inspect.getdoc(entry.make) or "") in page, WRITE
+    assert f"Slot `{slot}`. Source: {entry.source}." in page, WRITE
+    for table in options_of(entry):
+        assert table in page, WRITE
+    pictures = re.findall(r"!\[.*\]\((.*)\)", page)
+    assert pictures, "an effect has a chart"
+    for name in pictures:
+        ElementTree.fromstring((PAGES_FOLDER / name).read_text(encoding="utf-8"))
+
+
+def test_no_picture_lies_about_unused() -> None:
+    pages = [path.read_text(encoding="utf-8") for path in PAGES_FOLDER.glob("*.md")]
+    used = {name for page in pages for name in re.findall(r"\]\((.*\.svg)\)", page)}
+    assert {path.name for path in PAGES_FOLDER.glob("*.svg")} == used
 
 
 def test_what_the_engine_runs_is_listed() -> None:
