@@ -24,6 +24,7 @@ from penstock.twin.costs.hardware import load_engine, load_hardware
 from penstock.twin.costs.model import CostModel
 from penstock.twin.costs.roofline import RooflineCostModel
 from penstock.twin.costs.spec import ModelSpec
+from penstock.twin.laned import make_twin
 from penstock.twin.replica import PathCosts, TwinReplica
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -131,7 +132,7 @@ def serve(
     def ended(outcome: RequestOutcome) -> None:
         outcomes[outcome.request_id] = outcome
 
-    twin = TwinReplica(settings, sizes, cost or llama_8b(), path, ended)
+    twin = make_twin(settings, sizes, cost or llama_8b(), path, ended)
     twin.output_lens.update(load.output_lens)
     for request in load.requests:
         if each_step is not None:

@@ -103,12 +103,13 @@ def run_server(settings: Settings, ready_file: Path | None, as_json: bool) -> in
     from penstock.models.catalogue import resolve
     from penstock.models.chat import ChatTemplate
     from penstock.models.tokenizer import Tokenizer
-    from penstock.policies.stack import make_stack_of
+    from penstock.policies.stack import check_servable, make_stack_of
     from penstock.twin.costs.recorded import predictor_of
     from penstock.workloads.recording import RequestLog
 
     # What can be wrong without a model is told before one is loaded: a policy's name, a taken port.
     make_stack_of(settings)
+    check_servable(settings.policies)
     sock = bind(settings.gateway.host, settings.gateway.port)
     with show_progress() as progress:
         source = resolve(settings.model, progress=progress)

@@ -48,6 +48,7 @@ class PolicySettings:
     compose: str = setting("sarathi", "tokens of each sequence in the next step")
     preempt: str = setting("youngest-recompute", "victim and manner when KV runs out")
     retain: str = setting("lru", "which unused KV to drop first")
+    lanes: str = setting("none", "shares of the device for prefill and decode; others than `none`: twin only")
     options: dict[str, dict[str, Any]] = setting(
         dict, "settings of single policies: a table `[policies.options.NAME]` each; JSON in the environment"
     )
@@ -117,6 +118,19 @@ class TwinSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchSettings:
+    """`[batch]`: files of requests that are run in the background."""
+
+    folder: str = setting("", "where files and batches are kept; empty: no `/v1/files` and no `/v1/batches`")
+    file_bytes_max: int = setting(64 << 20, "largest file that may be uploaded", low=1024)
+    folder_bytes_max: int = setting(4 << 30, "bytes of files kept at once, results included", low=1024)
+    files_max: int = setting(1000, "files kept at once, results not counted", low=1, high=1 << 20)
+    batches_max: int = setting(1000, "batches kept at once, ended ones included", low=1, high=1 << 20)
+    requests_max: int = setting(50_000, "requests in one batch", low=1, high=1 << 20)
+    in_flight_max: int = setting(16, "requests of batches at the engine at once", low=1, high=1 << 16)
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """Everything `serve` runs on."""
 
@@ -130,6 +144,7 @@ class Settings:
     desk: DeskSettings = field(default_factory=DeskSettings)
     gateway: GatewaySettings = field(default_factory=GatewaySettings)
     record: RecordSettings = field(default_factory=RecordSettings)
+    batch: BatchSettings = field(default_factory=BatchSettings)
     twin: TwinSettings = field(default_factory=TwinSettings)
     slo: dict[str, Slo] = field(default_factory=dict)
     seed: int = setting(0, "of every policy that draws at random", low=0, high=1 << 62)

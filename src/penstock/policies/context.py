@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar, cast
 import numpy as np
 
 from penstock.core.metrics import Slo
+from penstock.core.phase_profile import PhaseProfile
 
 Shared = TypeVar("Shared")
 
@@ -20,11 +21,15 @@ class _FromContext(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ServiceTerms:
-    """What the operator promised: latency targets by class, weights by tenant. `seed` feeds the streams."""
+    """What the operator promised: latency targets by class, weights by tenant. `seed` feeds the streams.
+
+    `phase_profile` is of the device, where somebody has swept it.
+    """
 
     slos: Mapping[str, Slo] = field(default_factory=dict)
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
+    phase_profile: PhaseProfile | None = None
 
     def weight(self, tenant: str) -> float:
         return self.tenant_weights.get(tenant, 1.0)

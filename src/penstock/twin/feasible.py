@@ -14,7 +14,8 @@ from penstock.core.request import Request
 from penstock.core.settings import Settings
 from penstock.replica.limits import ReplicaLimits, check_feasible
 from penstock.twin.costs.model import CostModel
-from penstock.twin.replica import PathCosts, TwinReplica
+from penstock.twin.laned import make_twin
+from penstock.twin.replica import PathCosts
 from penstock.twin.requests import RequestMaker
 from penstock.workloads import wording
 from penstock.workloads.trace import TraceRow
@@ -173,7 +174,7 @@ def refuse_where_hopeless(found: Sequence[Infeasible], classes: Iterable[str]) -
 
 def _alone(row: TraceRow, settings: Settings, limits: ReplicaLimits, cost: CostModel) -> RequestOutcome:
     outcomes: list[RequestOutcome] = []
-    twin = TwinReplica(settings, limits, cost, PathCosts(), outcomes.append)
+    twin = make_twin(settings, limits, cost, PathCosts(), outcomes.append)
     plain = replace(row, session_id=None, block_hashes=None)
     twin.arrive(RequestMaker(limits.kv_block_tokens).make(0, plain, 0.0))
     twin.finish()

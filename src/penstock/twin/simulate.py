@@ -16,6 +16,7 @@ from penstock.core.settings import Settings
 from penstock.replica.limits import ReplicaLimits
 from penstock.twin.closed_loop import ClosedLoop
 from penstock.twin.costs.model import CostModel
+from penstock.twin.laned import make_twin
 from penstock.twin.replica import PathCosts, TwinReplica
 from penstock.twin.requests import RequestMaker
 from penstock.twin.sampling import fleet_series, points_each
@@ -58,14 +59,10 @@ def simulate(
     if not clients.is_open:
         turns = SessionLoop(rows, clients.rate_scale) if clients.closed_loop else RecordedOrder(rows)
         loop = ClosedLoop(turns, RequestMaker(limits.kv_block_tokens), clients.concurrency_max, on_outcome)
-        fleet = [
-            TwinReplica(settings, limits, cost, path, loop.ended, points_max=points) for _ in range(replicas)
-        ]
+        fleet = [make_twin(settings, limits, cost, path, loop.ended, points) for _ in range(replicas)]
         loop.serve(fleet)
         return fleet
-    fleet = [
-        TwinReplica(settings, limits, cost, path, on_outcome, points_max=points) for _ in range(replicas)
-    ]
+    fleet = [make_twin(settings, limits, cost, path, on_outcome, points) for _ in range(replicas)]
     for index, request in enumerate(requests_of(rows, limits.kv_block_tokens)):
         fleet[index % replicas].arrive(request)
     for replica in fleet:

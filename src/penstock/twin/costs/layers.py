@@ -6,7 +6,7 @@ part of a step depends on N alone. All of it is pure.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from penstock.twin.costs.hardware import EngineProfile, HardwareProfile
 from penstock.twin.costs.operators import CollectiveFit
@@ -23,6 +23,8 @@ class Share:
     link_s: float = 0.0
     flops: float = 0.0
     bytes: float = 0.0
+    arithmetic_s: float = 0.0  # of every operator, if its memory traffic were free
+    traffic_s: float = 0.0  # and the other way round
 
     @property
     def seconds(self) -> float:
@@ -35,6 +37,11 @@ class Share:
         self.link_s += other.link_s * times
         self.flops += other.flops * times
         self.bytes += other.bytes * times
+        self.arithmetic_s += other.arithmetic_s * times
+        self.traffic_s += other.traffic_s * times
+
+    def divided(self, parts: int) -> Share:
+        return Share(*(getattr(self, item.name) / parts for item in fields(Share)))
 
 
 class RowCosts:
@@ -68,6 +75,41 @@ class RowCosts:
             total.add(hop, self._parallel.pipeline - 1)
         return total
 
+    def qkv(self, rows: int) -> Share:
+        """Of one layer: norm, q·k·v and rotary embedding."""
+        spec, tensor = self._spec, self._parallel.tensor
+        q_width = spec.q_width // tensor
+        kv_width = self._parallel.kv_heads(spec) * spec.head_dim
+        total = self._pointwise_share(rows * spec.hidden * 4)
+        total.add(self._linear(rows, q_width + 2 * kv_width, spec.hidden))
+        total.add(self._pointwise_share(rows * (q_width + kv_width) * 2))
+        return total
+
+    def projection(self, rows: int) -> Share:
+        """Of one layer: attention's output projection."""
+        return self._linear(rows, self._spec.hidden, self._spec.q_width // self._parallel.tensor)
+
+    def ffn(self, rows: int) -> tuple[Share, Share]:
+        """Of a mean layer, dense or of experts: the way up, and the way down without its all-reduce."""
+        spec = self._spec
+        if not spec.moe_layers:
+            return self._dense_halves(rows)
+        up, down = Share(), Share()
+        kinds = (
+            (self._dense_halves(rows), spec.layers - spec.moe_layers),
+            (self._expert_halves(rows), spec.moe_layers),
+        )
+        for halves, layers in kinds:
+            up.add(halves[0], layers)
+            down.add(halves[1], layers)
+        return up.divided(spec.layers), down.divided(spec.layers)
+
+    def reduce_s(self, rows: int) -> float:
+        """Seconds of one all-reduce of the rows' activations; 0 on one device."""
+        if self._all_reduce is None:
+            return 0.0
+        return self._all_reduce.seconds(rows * self._spec.hidden * self._value_bytes)
+
     def head(self, samples: int) -> Share:
         """Final norm, output head, gathered logits and sampling, of the rows that are sampled from."""
         spec = self._spec
@@ -83,27 +125,32 @@ class RowCosts:
 
     def _attention_block(self, rows: int) -> Share:
         """Norm, q·k·v, rotary embedding and the output projection; attention itself is counted elsewhere."""
-        spec, tensor = self._spec, self._parallel.tensor
-        q_width = spec.q_width // tensor
-        kv_width = self._parallel.kv_heads(spec) * spec.head_dim
-        total = self._pointwise_share(rows * spec.hidden * 4)
-        total.add(self._linear(rows, q_width + 2 * kv_width, spec.hidden))
-        total.add(self._pointwise_share(rows * (q_width + kv_width) * 2))
-        total.add(self._linear(rows, spec.hidden, q_width))
-        self._reduce(total, rows)
+        total = self.qkv(rows)
+        total.add(self.projection(rows))
+        total.link_s += self.reduce_s(rows)
         return total
 
     def _dense_ffn(self, rows: int) -> Share:
-        spec = self._spec
-        width = -(-spec.ffn // self._parallel.tensor)
-        total = self._pointwise_share(rows * spec.hidden * 4)
-        total.add(self._linear(rows, 2 * width, spec.hidden))
-        total.add(self._pointwise_share(rows * width * 3))
-        total.add(self._linear(rows, spec.hidden, width))
-        self._reduce(total, rows)
+        total, down = self._dense_halves(rows)
+        total.add(down)
+        total.link_s += self.reduce_s(rows)
         return total
 
+    def _dense_halves(self, rows: int) -> tuple[Share, Share]:
+        spec = self._spec
+        width = -(-spec.ffn // self._parallel.tensor)
+        up = self._pointwise_share(rows * spec.hidden * 4)
+        up.add(self._linear(rows, 2 * width, spec.hidden))
+        up.add(self._pointwise_share(rows * width * 3))
+        return up, self._linear(rows, spec.hidden, width)
+
     def _expert_ffn(self, rows: int) -> Share:
+        total, down = self._expert_halves(rows)
+        total.add(down)
+        total.link_s += self.reduce_s(rows)
+        return total
+
+    def _expert_halves(self, rows: int) -> tuple[Share, Share]:
         """Routed experts: weights of those touched are read once, rows are multiplied by the choices.
 
         Routing is taken as even, over experts and over the devices that hold them.
@@ -113,16 +160,15 @@ class RowCosts:
         width = -(-spec.expert_ffn * parallel.expert // parallel.tensor)
         routed = max(1, -(-rows * spec.experts_per_token // parallel.expert))
         expert_bytes = width * spec.hidden * spec.precision.weight_bits / 8
-        total = self._pointwise_share(rows * spec.hidden * 4)
-        total.add(self._linear(rows, spec.experts, spec.hidden))
-        total.add(self._product(routed, 2 * width, spec.hidden, touched * 2 * expert_bytes))
-        total.add(self._pointwise_share(routed * width * 3))
-        total.add(self._product(routed, spec.hidden, width, touched * expert_bytes))
+        up = self._pointwise_share(rows * spec.hidden * 4)
+        up.add(self._linear(rows, spec.experts, spec.hidden))
+        up.add(self._product(routed, 2 * width, spec.hidden, touched * 2 * expert_bytes))
+        up.add(self._pointwise_share(routed * width * 3))
+        down = self._product(routed, spec.hidden, width, touched * expert_bytes)
         # Sorting rows by expert before, and adding the choices up after.
-        total.add(self._pointwise_share(rows * spec.experts))
-        total.add(self._pointwise_share(routed * spec.hidden))
-        self._reduce(total, rows)
-        return total
+        down.add(self._pointwise_share(rows * spec.experts))
+        down.add(self._pointwise_share(routed * spec.hidden))
+        return up, down
 
     def _linear(self, rows: int, outputs: int, inputs: int) -> Share:
         return self._product(rows, outputs, inputs, outputs * inputs * self._spec.precision.weight_bits / 8)
@@ -138,20 +184,20 @@ class RowCosts:
             overhead_s=self._gemm.launch_s + self._kernel_s,
             flops=2.0 * rows * outputs * inputs,
             bytes=weights_bytes + rows * (inputs + outputs) * self._value_bytes,
+            arithmetic_s=compute,
+            traffic_s=memory,
         )
 
     def _pointwise_share(self, values: float) -> Share:
         traffic_bytes = values * self._value_bytes
         launch_s = self._pointwise.launch_s
+        memory_s = self._pointwise.seconds(self._device.bandwidth, traffic_bytes) - launch_s
         return Share(
-            memory_s=self._pointwise.seconds(self._device.bandwidth, traffic_bytes) - launch_s,
+            memory_s=memory_s,
             overhead_s=launch_s + self._kernel_s,
             bytes=traffic_bytes,
+            traffic_s=memory_s,
         )
-
-    def _reduce(self, share: Share, rows: int) -> None:
-        if self._all_reduce is not None:
-            share.link_s += self._all_reduce.seconds(rows * self._spec.hidden * self._value_bytes)
 
 
 def _link(hardware: HardwareProfile, engine: EngineProfile, devices: int) -> CollectiveFit | None:

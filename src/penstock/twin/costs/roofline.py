@@ -23,6 +23,7 @@ from penstock.twin.costs.hardware import EngineProfile, HardwareProfile
 from penstock.twin.costs.layers import RowCosts, Share
 from penstock.twin.costs.model import VECTOR_STEPS_MIN, Seconds
 from penstock.twin.costs.operators import causal_pairs
+from penstock.twin.costs.shares import CPU, FEW_UNITS, GPU, ShareCurves, Sides
 from penstock.twin.costs.spec import ModelSpec, Parallel
 from penstock.twin.costs.work import Bound, StepCost, StepWork
 
@@ -57,6 +58,7 @@ class RooflineCostModel:
         self._row_memo: dict[int, float] = {}
         self._head_memo: dict[int, float] = {0: 0.0}
         self._decode_memo: dict[int, DecodeTerms] = {}
+        self._sides_memo: dict[tuple[int, int], tuple[float, float, float]] = {}
         self._windowed = any(window is not None for window, _ in spec.windows)
         self._set_attention_terms()
 
@@ -115,6 +117,38 @@ class RooflineCostModel:
             bytes=share.bytes * self._parallel.tensor,
             in_range=self._in_range(work),
         )
+
+    @property
+    def share_curves(self) -> ShareCurves:
+        return CPU if self._hardware.units < FEW_UNITS else GPU
+
+    def sides(self, work: StepWork) -> Sides:
+        """Layers, head, and both kinds of attention; exact as far as a layer's products are alike."""
+        engine, decodes = self._engine, work.decodes
+        layers, head = self._row_sides(work.rows, 0), self._row_sides(0, work.samples)
+        pairs_s = traffic_s = launch_s = 0.0
+        for new, context in work.prefills:
+            pairs_s += self._windowed_pairs(new, context) * self._pair_s
+            traffic_s += new * self._row_s + (context - new) * self._context_s + self._chunk_s
+            launch_s = self._launch_prefill_s
+        if decodes:
+            traffic_s += self._decode_work_s(decodes, work.decode_context)
+            launch_s = max(launch_s, self._launch_decode_s)
+        host_s = engine.step_s + engine.sequence_s * (decodes + len(work.prefills))
+        classes = (layers[:2], head[:2], (pairs_s, 0.0), (0.0, traffic_s))
+        return Sides(classes, layers[2] + head[2] + launch_s + host_s)
+
+    def _row_sides(self, rows: int, samples: int) -> tuple[float, float, float]:
+        """Arithmetic, traffic and the rest of the layers on `rows`, and of the head on `samples`."""
+        found = self._sides_memo.get((rows, samples))
+        if found is None:
+            total = self._rows.layers(rows) if rows else Share()
+            if samples:
+                total.add(self._rows.head(samples))
+            found = (total.arithmetic_s, total.traffic_s, total.overhead_s + total.link_s)
+            if max(rows, samples) <= MEMO_ROWS_MAX:
+                self._sides_memo[rows, samples] = found
+        return found
 
     def interval_s(self, work: StepWork) -> float:
         """Seconds until the next batch may enter the first stage: the pipeline's stages are even."""

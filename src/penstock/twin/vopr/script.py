@@ -43,6 +43,7 @@ class System:
     compose: str = "sarathi"
     preempt: str = "youngest-recompute"
     retain: str = "lru"
+    lanes: str = "none"
     queue_requests_max: int = setting(1024, "as `desk.queue_requests_max`", low=0, high=65536)
     queue_tokens_max: int = setting(1 << 20, "as `desk.queue_tokens_max`", low=1, high=1 << 30)
     queue_wait_s_max: float = setting(120.0, "as `desk.queue_wait_s_max`", low=0.1, high=1e6)
@@ -56,7 +57,8 @@ class System:
 
     @property
     def policies(self) -> PolicySettings:
-        return PolicySettings(self.rank, self.admit, self.compose, self.preempt, self.retain)
+        slots = (self.rank, self.admit, self.compose, self.preempt, self.retain, self.lanes)
+        return PolicySettings(*slots)
 
     @property
     def engine_blocks(self) -> int:
