@@ -122,6 +122,13 @@ class Fluid:
             del self._idle[owner.name]
             self._activate(owner)
 
+    def flows(self, job: Job) -> bool:
+        """Whether the job is not done in the fluid."""
+        owner = self._tenants.get(job.tenant)
+        if owner is not None:
+            self._progress(owner)
+        return job.is_flowing
+
     # ---- one tenant -----------------------------------------------------------------------------------
 
     def _progress(self, tenant: _Tenant) -> None:

@@ -67,7 +67,8 @@ class ShortestPredicted(Rank):
         del self._predicted[sequence.arrival_index], self._keys[sequence.arrival_index]
 
     def _judge(self, sequence: SequenceView) -> None:
-        self._predicted[sequence.arrival_index] = self._belief.mean(sequence)
+        done = sequence.output_left == 0  # it leaves for good
+        self._predicted[sequence.arrival_index] = sequence.output_len if done else self._belief.mean(sequence)
         ageing = self._options.ageing_tokens_per_s * sequence.submitted_s
         self._keys[sequence.arrival_index] = self._left(sequence) + ageing
 

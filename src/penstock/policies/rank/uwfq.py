@@ -71,9 +71,10 @@ class UserWeightedFair(Rank):
     def fluid(self) -> Fluid:
         return self._fluid
 
-    def expected_output(self, sequence: SequenceView) -> float:
-        """Tokens that a request that just came will produce."""
-        return self._belief.mean(sequence)
+    def expected_work(self, sequence: SequenceView) -> float:
+        """Weighted tokens that a request that just came will cost."""
+        options, request = self._options, sequence.request
+        return options.input_weight * request.prompt_len + options.output_weight * self._belief.mean(sequence)
 
     # ---- the order ------------------------------------------------------------------------------------
 
@@ -96,9 +97,7 @@ class UserWeightedFair(Rank):
         if not self._calls:
             self._fluid.drain()
             self._busy_from_s = now_s
-        request, options = sequence.request, self._options
-        expected = options.input_weight * request.prompt_len
-        expected += options.output_weight * self.expected_output(sequence)
+        request, expected = sequence.request, self.expected_work(sequence)
         program = None if request.program_id is None else (request.tenant, request.program_id)
         self._calls[sequence.arrival_index] = _Call(
             self._job_of(request.tenant, program, expected, now_s), expected
@@ -144,7 +143,7 @@ class UserWeightedFair(Rank):
 
     def _job_of(self, tenant: str, program: ProgramKey | None, size: float, now_s: float) -> Job:
         earlier = None if program is None else self._programs.pop(program, None)
-        if earlier is not None and earlier.is_flowing:
+        if earlier is not None and self._fluid.flows(earlier):
             self._fluid.resize(earlier, earlier.size + size)
             job = earlier
         else:
