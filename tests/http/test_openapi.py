@@ -16,8 +16,9 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-from served import Running, start
+from served import Running, make_settings, start
 
+from penstock.core.settings import BatchSettings
 from penstock.gateway.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 BODIES = {
@@ -29,18 +30,37 @@ BODIES = {
 
 
 @pytest.fixture(scope="module")
-def fuzzed() -> Iterator[Running]:
-    running = start(link=FakeLink(step_s=0.0, info=make_info(context_len_max=256)))
+def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    settings = make_settings(batch=BatchSettings(folder=str(tmp_path_factory.mktemp("batches"))))
+    running = start(settings, FakeLink(step_s=0.0, info=make_info(context_len_max=256)))
     yield running
     running.wait_idle()
     assert running.http().get("/health").status_code == 200
     running.stop()
 
 
-GETS = ("/v1/models", "/v1/models/{model}", "/health", "/ready", "/metrics", "/version", "/load")
+GETS = (
+    "/v1/models",
+    "/v1/models/{model}",
+    "/health",
+    "/ready",
+    "/metrics",
+    "/version",
+    "/load",
+    "/v1/files",
+    "/v1/files/{file_id}",
+    "/v1/files/{file_id}/content",
+    "/v1/batches",
+    "/v1/batches/{batch_id}",
+)
+# Bodies that name something which must exist first; tests/http/test_batches.py sends valid ones.
+DEPENDENT = ("/v1/batches", "/v1/files", "/v1/batches/{batch_id}/cancel")
 VALID, BROKEN = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 OPERATIONS = [
     *(("POST", path, mode) for path in BODIES for mode in (VALID, BROKEN)),
+    *(("POST", path, mode) for path in DEPENDENT[:2] for mode in (VALID, BROKEN)),
+    ("POST", DEPENDENT[2], VALID),
+    ("DELETE", "/v1/files/{file_id}", VALID),
     *(("GET", path, VALID) for path in GETS),
 ]
 # What holds for every answer. That a valid body is accepted does not: fields depend on each other.
@@ -83,13 +103,8 @@ def test_the_document_lists_every_endpoint_and_error(gateway: Running) -> None:
     paths = gateway.http().get("/openapi.json").json()["paths"]
     assert set(paths) == {
         *BODIES,
-        "/v1/models",
-        "/v1/models/{model}",
-        "/health",
-        "/ready",
-        "/metrics",
-        "/version",
-        "/load",
+        *GETS,
+        *DEPENDENT,
     }
     chat = paths["/v1/chat/completions"]["post"]["responses"]
     assert set(chat) == {"200", "400", "401", "404", "408", "413", "415", "429", "500", "503", "504"}

@@ -30,6 +30,12 @@ class ReplicaSettings:
     threads: int = setting(0, "CPU threads of the engine; 0 takes every core it may run on", low=0, high=1024)
     kv_memory: str = setting("auto", "KV pool size, for example `2GiB`; `auto` takes a share of what is free")
     kv_block_tokens: int = setting(16, "tokens in a KV block", low=1, high=1024)
+    kv_group_tokens: int = setting(
+        0, "a sequence's KV blocks lie side by side in runs of so many tokens; 0: anywhere", low=0, high=1 << 20
+    )
+    host_kv_memory: str = setting(
+        "0", "host memory for KV that a `preempt` policy swaps out; `auto`: twice the pool, if it is free"
+    )
     context_len: int = setting(0, "longest prompt + output served; 0 takes the model's", low=0, high=1 << 24)
     running_max: int = setting(64, "sequences that may run at once", low=1, high=4096)
     step_tokens: int = setting(512, "token budget of one step", low=1, high=1 << 20)
@@ -115,6 +121,17 @@ class TwinSettings:
     """`[twin]`: how a running server watches its own model of itself."""
 
     profile: str = setting("", "profile of `penstock calibrate` that the server compares its steps with")
+    overlap: str = setting(
+        "none",
+        "simulated: what runs beside what: `none`; `host`, the next step is formed while this one runs; "
+        "`nano`, kernels of one layer as well (NanoFlow)",
+    )
+    host_link_gb_per_s: float = setting(
+        32.0, "simulated: bandwidth between device and host, 10^9 bytes/s; PCIe 4 x16", low=1e-3, high=1e4
+    )
+    host_launch_us: float = setting(
+        10.0, "simulated: time to begin a transfer between device and host", low=0.0, high=1e6
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, cast
 
 from fastapi import FastAPI
@@ -23,6 +24,8 @@ from penstock.core.settings import Settings
 from penstock.desk import Capacity, Desk
 from penstock.gateway import generate, plain
 from penstock.gateway import schema_out as out
+from penstock.gateway.batches.routes import BatchApi, add_batch_routes
+from penstock.gateway.batches.store import BatchStore
 from penstock.gateway.convert import Served
 from penstock.gateway.dashboard import answer_dashboard
 from penstock.gateway.drift import PredictStep
@@ -60,10 +63,17 @@ def create_app(
     """
     gateway = _make_gateway(link, tokenizer, template, settings, on_outcome, recorder, predict_step, clock)
 
+    store = None
+    if settings.batch.folder:
+        store = BatchStore(Path(settings.batch.folder), settings.batch, time.time)
+    batches = BatchApi(gateway, store, time.time)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         gateway.switchboard.start()
+        batches.start()
         yield
+        await batches.stop()
         await gateway.switchboard.stop()
         gateway.pool.close()
 
@@ -80,6 +90,7 @@ def create_app(
     _add_error_handlers(app, gateway)
     _add_generation_routes(app, gateway)
     _add_text_routes(app, gateway)
+    add_batch_routes(app, batches)
     _add_status_routes(app, gateway)
     app.openapi = _openapi_of(app, gateway.served.model)  # type: ignore[method-assign]
     return app

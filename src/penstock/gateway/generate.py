@@ -67,7 +67,11 @@ async def read_request(request: Request, gateway: Gateway, model: type[Body], ho
 
 
 def _parse(body: bytes | bytearray, model: type[Body]) -> Body:
-    payload = parse_json_object(body)
+    return validated(parse_json_object(body), model)
+
+
+def validated(payload: dict[str, Any], model: type[Body]) -> Body:
+    """The body as what it should be. Raises RequestErrors naming the field."""
     refuse_unsupported(payload)
     try:
         return model.model_validate(payload)
@@ -86,13 +90,7 @@ async def answer_chat(request: Request, gateway: Gateway) -> Answer:
         messages = chat_messages(body.messages)
         encode = partial(encode_chat, gateway, messages)
         tokens = await gateway.pool.run(chat_bytes(messages), encode, gateway.chat_inline_bytes)
-        plan = plan_chat(body, tokens, gateway.served, caller, _new_id(ChatRenderer), random.getrandbits(63))
-        renderer = ChatRenderer(
-            _head(gateway, plan.id),
-            gateway.tokenizer,
-            has_logprobs=bool(body.logprobs),
-            has_usage_chunk=plan.has_usage_chunk,
-        )
+        plan, renderer = chat_call(gateway, body, tokens, caller)
         return _answer(request, gateway, plan, renderer, received.ignored)
 
 
@@ -106,23 +104,45 @@ async def answer_completion(request: Request, gateway: Gateway) -> Answer:
         check_stops(body, choice_count)
         gateway.switchboard.check_door(choice_count, caller.tenant)
         tokens = [await _encode_prompt(gateway, prompt) for prompt in body.prompt]
-        echo_texts = [_prompt_text(gateway, prompt) for prompt in body.prompt] if body.echo else []
-        plan = plan_completion(
-            body,
-            tokens,
-            echo_texts,
-            gateway.served,
-            caller,
-            _new_id(CompletionRenderer),
-            random.getrandbits(63),
-        )
-        renderer = CompletionRenderer(
-            _head(gateway, plan.id),
-            gateway.tokenizer,
-            has_logprobs=body.logprobs is not None,
-            has_usage_chunk=plan.has_usage_chunk,
-        )
+        plan, renderer = completion_call(gateway, body, tokens, caller)
         return _answer(request, gateway, plan, renderer, received.ignored)
+
+
+def chat_call(
+    gateway: Gateway, body: ChatRequest, tokens: list[int], caller: Caller
+) -> tuple[CallPlan, Renderer]:
+    """What to compute for a conversation of these tokens, and how to say it. Raises RequestErrors."""
+    plan = plan_chat(body, tokens, gateway.served, caller, _new_id(ChatRenderer), random.getrandbits(63))
+    renderer = ChatRenderer(
+        _head(gateway, plan.id),
+        gateway.tokenizer,
+        has_logprobs=bool(body.logprobs),
+        has_usage_chunk=plan.has_usage_chunk,
+    )
+    return plan, renderer
+
+
+def completion_call(
+    gateway: Gateway, body: CompletionRequest, tokens: list[list[int]], caller: Caller
+) -> tuple[CallPlan, Renderer]:
+    """As `chat_call`, for prompts of these tokens."""
+    echo_texts = [_prompt_text(gateway, prompt) for prompt in body.prompt] if body.echo else []
+    plan = plan_completion(
+        body,
+        tokens,
+        echo_texts,
+        gateway.served,
+        caller,
+        _new_id(CompletionRenderer),
+        random.getrandbits(63),
+    )
+    renderer = CompletionRenderer(
+        _head(gateway, plan.id),
+        gateway.tokenizer,
+        has_logprobs=body.logprobs is not None,
+        has_usage_chunk=plan.has_usage_chunk,
+    )
+    return plan, renderer
 
 
 def chat_bytes(messages: list[dict[str, str]]) -> int:

@@ -21,6 +21,7 @@ from penstock.core.errors import (
     UnsupportedMediaType,
 )
 from penstock.gateway import schema_out as out
+from penstock.gateway.batches.schema import BatchRequest
 from penstock.gateway.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 REQUEST_MODELS: tuple[type[BaseModel], ...] = (
@@ -28,6 +29,7 @@ REQUEST_MODELS: tuple[type[BaseModel], ...] = (
     CompletionRequest,
     TokenizeRequest,
     DetokenizeRequest,
+    BatchRequest,
 )
 ANSWER_MODELS: tuple[type[BaseModel], ...] = (
     out.ErrorBody,
@@ -43,6 +45,11 @@ ANSWER_MODELS: tuple[type[BaseModel], ...] = (
     out.Readiness,
     out.VersionBody,
     out.Load,
+    out.FileObject,
+    out.FileList,
+    out.FileDeleted,
+    out.BatchObject,
+    out.BatchList,
 )
 KEYED_ERRORS = (InvalidApiKey, InternalError)
 BODY_ERRORS = (
@@ -105,7 +112,9 @@ def complete(document: dict[str, Any], model: str) -> dict[str, Any]:
 
 def _name_model(schema: dict[str, Any], model: str) -> None:
     """In a request's schema: the value that `model` may have, also in the examples."""
-    described = schema["properties"]["model"]
+    described = schema["properties"].get("model")
+    if described is None:
+        return
     named = next((each for each in described.get("anyOf", ()) if each.get("type") == "string"), described)
     named["enum"] = [model]
     for example in schema["examples"]:

@@ -192,3 +192,91 @@ class Load(Out):
     requests_running: int
     requests_waiting: int
     kv_usage_frac: float
+
+
+class FileObject(Out):
+    """A file; `bytes` of content, instants as Unix time."""
+
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    expires_at: int | None
+    filename: str
+    purpose: str
+    status: Literal["processed"]
+    status_details: str | None
+
+
+class FileList(Out):
+    object: Literal["list"]
+    data: list[FileObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class FileDeleted(Out):
+    id: str
+    object: Literal["file"]
+    deleted: bool
+
+
+class BatchProblem(Out):
+    code: str
+    message: str
+    param: str | None
+    line: int | None
+
+
+class BatchProblems(Out):
+    object: Literal["list"]
+    data: list[BatchProblem]
+
+
+class BatchCounts(Out):
+    total: int
+    completed: int
+    failed: int
+
+
+class BatchObject(Out):
+    """A batch; instants as Unix time."""
+
+    id: str
+    object: Literal["batch"]
+    endpoint: str
+    errors: BatchProblems | None
+    input_file_id: str
+    completion_window: str
+    status: Literal[
+        "validating",
+        "in_progress",
+        "finalizing",
+        "cancelling",
+        "completed",
+        "failed",
+        "expired",
+        "cancelled",
+    ]
+    output_file_id: str | None
+    error_file_id: str | None
+    created_at: int
+    expires_at: int
+    in_progress_at: int | None
+    finalizing_at: int | None
+    cancelling_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelled_at: int | None
+    request_counts: BatchCounts
+    metadata: dict[str, str] | None
+
+
+class BatchList(Out):
+    object: Literal["list"]
+    data: list[BatchObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool

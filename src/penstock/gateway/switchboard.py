@@ -110,6 +110,12 @@ class Switchboard:
         """Requests not settled yet, waiting or running."""
         return len(self._choices)
 
+    @property
+    def has_spare_room(self) -> bool:
+        """Whether a call would go straight to the engine: nobody waits at the desk."""
+        desk = self._desk
+        return not desk.waiting_count and desk.inside_count < desk.engine_window
+
     def engine_state(self) -> EngineState:
         return self._watch.state(self._clock())
 
