@@ -22,7 +22,9 @@ class WaitReason(StrEnum):
     KV_CAPACITY = "kv_capacity"  # its prompt does not fit the free blocks now
     STEP_BUDGET = "step_budget"  # no room in this step's token budget
     BEHIND_HEAD = "behind_head"  # an earlier-ranked request waits, and may not be overtaken
+    KV_COPY = "kv_copy"  # a copy between device and host, its own or of somebody who makes room, is under way
     LEADER = "leader"  # a sibling computes the shared prompt
+    GROUP = "group"  # another member of its group computes the prefix they share
 
 
 class PreemptReason(StrEnum):
@@ -30,6 +32,17 @@ class PreemptReason(StrEnum):
 
     KV_EXHAUSTED = "kv_exhausted"  # a higher-ranked sequence needed a block
     OUTRANKED = "outranked"  # a higher-ranked one that waited took its place
+
+
+class PinEvent(StrEnum):
+    """What became of KV that a program left pinned."""
+
+    MADE = "made"  # a turn ended, and its KV stays
+    HIT = "hit"  # the program's next turn started while the pin was in force
+    REPLACED = "replaced"  # a later turn of the program ended: its own pin takes over, or none
+    EXPIRED = "expired"
+    SACRIFICED = "sacrificed"  # somebody needed the room, and nobody else could yield
+    RELEASED = "released"  # the client said that it will not return
 
 
 class CancelReason(StrEnum):

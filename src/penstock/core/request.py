@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from penstock.core.metrics import Slo
 
 _EMPTY: frozenset[int] = frozenset()
+ProgramKey = tuple[str, str]  # tenant, and the tenant's name for the program
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class Request:
     program_id: str | None = None  # the agent's run that this call is a turn of
     is_last_turn: bool = False  # the program says that no turn follows
     tool: str | None = None  # what the program will call before its next turn
+    pin_s: float | None = None  # how long to keep its KV when it ends, in seconds; None: as the policy says
     group_id: str | None = None  # requests of one batch that begin alike
     shared_len: int = 0  # prompt tokens that the group has in common
     slo: Slo | None = None  # its own targets, instead of its class's
@@ -74,6 +76,12 @@ class Request:
             f"Request({self.id}, prompt_len={self.prompt_len}, max_output_tokens={self.max_output_tokens}, "
             f"tenant={self.tenant!r}, arrival_s={self.arrival_s:.6f})"
         )
+
+    @property
+    def program(self) -> ProgramKey | None:
+        """The agent's run, or else the session, that it is a turn of; None: it stands alone."""
+        name = self.program_id or self.session_id
+        return None if name is None else (self.tenant, name)
 
     @property
     def total_len_max(self) -> int:

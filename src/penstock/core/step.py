@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from penstock.core.request import SamplingParams
 
@@ -51,11 +52,52 @@ class Chunk:
     emits: bool
 
 
+class Direction(StrEnum):
+    """Which way KV is copied."""
+
+    OUT = "out"  # device to host
+    IN = "in"  # host to device
+
+
+Extent = tuple[int, int, int]  # first device block, first host block, blocks: a run on both sides
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Copy:
+    """KV of one sequence, moved between device and host. One transfer an extent, layer and cache (K, V)."""
+
+    copy_id: int  # counts the replica's copies
+    seq_id: int
+    direction: Direction
+    extents: tuple[Extent, ...]
+
+    def __repr__(self) -> str:
+        return f"Copy({self.copy_id}, {self.direction} of {self.seq_id}, {self.extents})"
+
+    @property
+    def block_count(self) -> int:
+        return sum(count for _, _, count in self.extents)
+
+
+@dataclass(frozen=True, slots=True)
+class CopyDone:
+    """`seconds`: how long the copy itself took, without its wait for the copies before it.
+
+    Not `ok`: what it should have written holds anything. A copy that a step waits for fails the step.
+    """
+
+    copy_id: int
+    seconds: float
+    ok: bool = True
+
+
 @dataclass(slots=True)
 class StepPlan:
     """What the executor does next: chunks of prompts, and one token of each decoding sequence.
 
-    Before anything else it forgets `ends`, takes in `starts`, and appends `new_blocks` to block tables.
+    Before anything else it forgets `ends`, takes in `starts`, and appends `new_blocks` to block tables. Then
+    it begins `copies`, which run one after the other in the order of all plans, beside the steps. It computes
+    when those of `waits` are done; a plan that computes nothing only waits for them.
     """
 
     index: int
@@ -66,6 +108,9 @@ class StepPlan:
     ends: list[int] = field(default_factory=list)  # seq_ids finished, cancelled or preempted
     new_blocks: list[tuple[int, list[int]]] = field(default_factory=list)  # (seq_id, block ids)
     repeat: int = 1  # how many identical decode steps this plan may stand for
+    until_s: float = float("inf")  # and until when: a step that begins at or after it needs a new plan
+    copies: Sequence[Copy] = ()
+    waits: Sequence[int] = ()  # copy_ids, of this plan or of earlier ones
 
     @property
     def token_count(self) -> int:
@@ -92,3 +137,5 @@ class StepResult:
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # this chunk's positions
     duration_s: float = 0.0
+    copied: Sequence[CopyDone] = ()  # what was done by the end of the last step and is not yet told
+    stalled_s: float = 0.0  # waited for copies before computing; not in `duration_s`

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
-from penstock.core.reasons import FinishReason
+from penstock.core.reasons import FinishReason, PinEvent
+from penstock.core.request import ProgramKey
 from penstock.policies.context import Context
-from penstock.policies.view import ReplicaView, SequenceView, StepFacts
+from penstock.policies.view import CopyFacts, ReplicaView, SequenceView, StepFacts
 
 FOREVER: Final = 1 << 60  # steps
 
@@ -20,6 +21,9 @@ class Observer:
     Hooks change nothing but the observer's own state, which must come out the same whether decode steps are
     told one by one or as a leap (`StepFacts.steps`): the twin leaps, the engine does not.
     """
+
+    def attached(self, view: ReplicaView) -> None:
+        """The replica that it serves, once, before all else. The window may be kept and looked through."""
 
     def submitted(self, sequence: SequenceView, now_s: float) -> None:
         """It entered the queue for the first time."""
@@ -33,18 +37,39 @@ class Observer:
     def stepped(self, step: StepFacts, now_s: float) -> None:
         """A plan was executed."""
 
+    def copied(self, facts: CopyFacts, now_s: float) -> None:
+        """A copy between device and host is done."""
+
     def left(self, sequence: SequenceView, now_s: float) -> None:
         """It gave its slot back: preempted, or about to be `finished`."""
 
     def finished(self, sequence: SequenceView, reason: FinishReason, now_s: float) -> None:
         """The one last event, also of a sequence that never started."""
 
+    def pinned(self, program: ProgramKey, until_s: float, now_s: float) -> None:
+        """A turn of `program` is about to end, and its KV stays until `until_s` (infinity: no end)."""
+
+    def unpinned(self, program: ProgramKey, why: PinEvent, now_s: float) -> None:
+        """The pin of `program` is gone; its blocks are kept like any others."""
+
     def steps_valid(self, view: ReplicaView, now_s: float) -> int:
         """For how many decode steps its answers surely stand if nothing happens. At least 1."""
         return FOREVER
 
 
-HOOKS: Final = ("submitted", "started", "decoding", "stepped", "left", "finished", "steps_valid")
+HOOKS: Final = (
+    "attached",
+    "submitted",
+    "started",
+    "decoding",
+    "stepped",
+    "copied",
+    "left",
+    "finished",
+    "pinned",
+    "unpinned",
+    "steps_valid",
+)
 
 
 @dataclass(frozen=True, slots=True)

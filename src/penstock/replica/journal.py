@@ -22,7 +22,7 @@ from penstock.replica.sequence import Sequence as Content
 
 FORMAT: Final = "penstock-journal"
 VERSION: Final = 2
-HINTS: Final = ("program_id", "is_last_turn", "tool", "group_id", "shared_len")
+HINTS: Final = ("program_id", "is_last_turn", "tool", "pin_s", "group_id", "shared_len")
 _NO_HINTS: Final = {item.name: item.default for item in fields(Request) if item.name in HINTS}
 KEY_BYTES: Final = 8
 NEVER_STARTED: Final = -1

@@ -44,7 +44,8 @@ class ReplicaStats:
     waiting: int = 0
     waiting_by_reason: dict[str, int] = field(default_factory=dict)
     waiting_tokens: int = 0
-    kv_blocks_used: int = 0  # held by live sequences
+    kv_blocks_used: int = 0  # held by live sequences or pins
+    kv_blocks_pinned: int = 0  # of these, held by pins, some perhaps by sequences too
     kv_blocks_cached: int = 0  # evictable, but still a possible prefix hit
     kv_blocks_free: int = 0
     prefix_query_tokens_total: int = 0
@@ -52,6 +53,16 @@ class ReplicaStats:
     prefix_miss_tokens_total: dict[str, int] = field(default_factory=dict)
     preemptions_total: int = 0
     preempted_tokens_total: dict[str, int] = field(default_factory=dict)
+    pins: int = 0  # in force
+    pins_total: dict[str, int] = field(default_factory=dict)  # by what happened to them
+    host_kv_blocks_used: int = 0
+    swaps_total: dict[str, int] = field(default_factory=dict)  # sequences copied, by way: out, in
+    swap_copies_total: dict[str, int] = field(default_factory=dict)  # runs of blocks, each copied at once
+    swap_blocks_total: dict[str, int] = field(default_factory=dict)
+    swap_bytes_total: dict[str, int] = field(default_factory=dict)  # 0 where a block's size is not known
+    swap_failures_total: int = 0
+    swap_guard_waits_total: int = 0  # copies waited for because their blocks were needed
+    swap_stall_s_total: float = 0.0  # steps waited for copies
     step_tokens: int = 0
     step_s: float = 0.0
     schedule_s: float = 0.0  # the part of the step spent deciding

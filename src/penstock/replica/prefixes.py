@@ -40,6 +40,12 @@ class Prefixes:
             self._pool.publish(sequence.blocks[index], keys[index])
         sequence.published_blocks = len(keys)
 
+    def published_blocks(self, sequence: Sequence) -> list[int]:
+        """The blocks under which others find what it has computed, its own or equal ones."""
+        if not self._is_on or not sequence.is_keyed:
+            return []
+        return self._pool.match(sequence.key_blocks(sequence.published_blocks, self._block_tokens))
+
     def count(self, sequence: Sequence, cached_len: int) -> None:
         """Hits and misses of a sequence that starts for the first time."""
         stats = self._stats

@@ -197,6 +197,8 @@ class _Twin:
         hints: dict[str, Any] = {name: self._text(given, name) for name in _NAMES if name in given}
         if "shared_len" in given:
             hints["shared_len"] = self._count(given, "shared_len")
+        if "pin_s" in given:
+            hints["pin_s"] = time_of(self._lines, "pin_s", given["pin_s"])
         if "is_last_turn" in given:
             hints["is_last_turn"] = given["is_last_turn"] is True
         if "slo" in given:

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Final, overload
 
-from penstock.core.step import SequenceStart, StepPlan, StepResult
+from penstock.core.step import CopyDone, SequenceStart, StepPlan, StepResult
 from penstock.twin.costs.model import CostModel
 from penstock.twin.costs.work import StepWork
+from penstock.twin.host_link import HostLink
 
 _FOREVER: Final = float("inf")
 _POWER_PLANS: Final = 32  # power is looked up once in so many plans, and held in between
@@ -101,8 +102,11 @@ class ModelledExecutor:
     ends with the first step that ends at or after it, as the engine sees an arrival between two steps.
     """
 
-    def __init__(self, cost: CostModel, output_lens: Mapping[str, int]) -> None:
+    def __init__(
+        self, cost: CostModel, output_lens: Mapping[str, int], link: HostLink | None = None
+    ) -> None:
         self._cost = cost
+        self._link = link  # needed where plans have copies
         self._output_lens = output_lens
         self._members: dict[int, _Member] = {}
         self._seq_ids: dict[str, int] = {}
@@ -126,6 +130,9 @@ class ModelledExecutor:
                 self._stop_decoding(self._members[seq_id])
         for start in plan.starts:
             self._begin(start)
+        stalled_s = 0.0 if self._link is None else self._copy(plan, self._link)
+        if not plan.token_count:
+            return StepResult(None, copied=self._copied(), stalled_s=stalled_s)
         began_s = self.now_s
         if plan.chunks or plan.paused:
             steps, stopped = 1, self._mixed_step(plan)
@@ -136,7 +143,9 @@ class ModelledExecutor:
         duration_s = self.now_s - began_s
         self.busy_s += duration_s
         self.busy_joules += self._watts * duration_s
-        return StepResult(None, stopped, steps, duration_s=duration_s)
+        return StepResult(
+            None, stopped, steps, duration_s=duration_s, copied=self._copied(), stalled_s=stalled_s
+        )
 
     def finish(self, request_id: str) -> TokenTimes | None:
         """Forget a request that has ended, and say when its tokens came; None if it never started."""
@@ -146,6 +155,17 @@ class ModelledExecutor:
         member = self._members.pop(seq_id)
         self._stop_decoding(member)
         return member.times
+
+    def _copy(self, plan: StepPlan, link: HostLink) -> float:
+        """Begin the plan's copies, and wait for those it needs. Returns how long that took."""
+        began_s = self.now_s
+        link.begin(plan.copies, began_s)
+        if plan.waits:
+            self.now_s = max(began_s, link.done_s(plan.waits))
+        return self.now_s - began_s
+
+    def _copied(self) -> Sequence[CopyDone]:
+        return () if self._link is None else self._link.take(self.now_s)
 
     def _begin(self, start: SequenceStart) -> None:
         member = self._members.get(start.seq_id)
@@ -192,6 +212,7 @@ class ModelledExecutor:
             limit = min(limit, max(1, self._stops[0][0] - self._clock))
         self._look_closely(StepWork((), decodes, self._context + decodes * limit, decodes))
         now_s, horizon_s, tape, done, count = self.now_s, self.horizon_s, self._tape, 0, 1
+        horizon_s = min(horizon_s, plan.until_s, _FOREVER if self._link is None else self._link.next_s)
         while done < limit and (now_s < horizon_s or not done):
             context = self._context + decodes * (done + 1)
             for seconds in self._cost.decode_seconds(decodes, context, count):

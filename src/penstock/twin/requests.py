@@ -27,6 +27,9 @@ class RequestMaker:
             tenant=row.tenant,
             slo_class=row.slo_class,
             session_id=row.session_id,
+            program_id=row.session_id,
+            is_last_turn=row.is_last_turn,
+            tool=row.tool,
         )
 
     def _block_keys(self, number: int, row: TraceRow) -> list[bytes] | None:

@@ -15,8 +15,9 @@ class TraceRow:
     prompt's blocks of `block_tokens` tokens, the last possibly partial: equal ids mean equal content after
     an equal prefix. `output_block_hashes` go on from there: ids of the full blocks that the output
     completed, beginning with the one that prompt and output share. `elapsed_s` is the recorded time until
-    the last token. A failed row may have lengths 0 and is never replayed; every other row has at least one
-    prompt and one output token.
+    the last token. `tool` is what the session called after the answer, and `is_last_turn` says that no turn
+    follows. A failed row may have lengths 0 and is never replayed; every other row has at least one prompt
+    and one output token.
     """
 
     arrival_s: float
@@ -32,6 +33,8 @@ class TraceRow:
     elapsed_s: float | None = None
     failed: bool = False
     output_block_hashes: tuple[int, ...] | None = None
+    tool: str | None = None
+    is_last_turn: bool = False
 
 
 class SessionTurns:

@@ -75,6 +75,10 @@ def row_line(row: TraceRow, outcome: FinishReason | None = None, ttft_s: float |
         fields["model"] = row.model
     if row.session_id is not None:
         fields |= {"session_id": row.session_id, "turn": row.turn}
+    if row.tool is not None:
+        fields["tool"] = row.tool
+    if row.is_last_turn:
+        fields["is_last_turn"] = True
     if row.elapsed_s is not None:
         fields["elapsed_s"] = round(row.elapsed_s, 7)
     if ttft_s is not None:
@@ -131,6 +135,8 @@ def _parse_row(lines: Lines, row: Mapping[str, Any], block_tokens: int) -> Trace
         block_tokens=block_tokens,
         elapsed_s=None if row.get("elapsed_s") is None else time_of(lines, "elapsed_s", row["elapsed_s"]),
         failed=failed,
+        tool=_optional_label(lines, row, "tool"),
+        is_last_turn=_parse_flag(lines, row, "is_last_turn"),
     )
 
 
@@ -153,6 +159,13 @@ def _parse_blocks(
         hint = "put `block_tokens` into the header line"
         raise lines.error(field, "the header gives no block size", hint)
     return blocks_of(lines, field, value, expected)
+
+
+def _parse_flag(lines: Lines, row: Mapping[str, Any], field: str) -> bool:
+    value = row.get(field)
+    if value is not None and not isinstance(value, bool):
+        raise lines.error(field, f"{shown(value)} is not true or false", "leave it out where it is not known")
+    return value is True
 
 
 def _optional_label(lines: Lines, row: Mapping[str, Any], field: str) -> str | None:
