@@ -128,6 +128,8 @@ class Replica(Results):
         """For how many decode steps nobody ends for sure, the blocks last, and no policy changes its mind."""
         if not self.limits.repeat or self._pins.has_overdue:
             return 1
+        if self._stack.rank.version(now_s) != self._rank_version:
+            return 1  # it changed while this plan was made
         steps = self._lane.steps_to_finish()
         for steps_valid in self._steps_valid:
             steps = min(steps, steps_valid(self, now_s))
@@ -159,6 +161,7 @@ class Replica(Results):
                 continue
             refusal, computed = self._try_admit(sequence, room, now_s)
             while refusal is not None and (self._make_room(refusal, now_s) or self._unpin(refusal, now_s)):
+                room = self._stack.compose.prefill_room(self, now_s)  # who yielded had a share of the step
                 refusal, computed = self._try_admit(sequence, room, now_s)
             if refusal is not None:
                 self._head_reason = refusal.reason
