@@ -25,7 +25,8 @@ _BY_OWN_FINISH: Final = attrgetter("own_finish", "number")
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """What is ordered. `size` is work; it is in the fluid until it has been served that much there."""
+    """What is ordered. `size` is work; it flows until it has been served that much in the fluid, and is open
+    until it has ended in reality."""
 
     tenant: str
     number: int
@@ -33,6 +34,7 @@ class Job:
     own_finish: float = 0.0
     finish: float = 0.0
     is_flowing: bool = True
+    is_open: bool = True
 
 
 @dataclass(slots=True, eq=False)
@@ -46,6 +48,7 @@ class _Tenant:
     served_to: float  # the V up to which its jobs were told of its service
     clock: float = 0.0  # work that each of its jobs would have been served
     jobs: list[Job] = field(default_factory=list)  # flowing, by own finish
+    late: dict[int, Job] = field(default_factory=dict)  # open, and no longer flowing; by number
     is_active: bool = False
 
 
@@ -103,7 +106,7 @@ class Fluid:
 
     def resize(self, job: Job, size: float) -> None:
         """The job turned out to be of another size. What flowed too much or too little is repaid by the
-        tenant: by this job while it flows, else by all that the tenant has and will have."""
+        tenant: by what comes after this job while it flows, else by all that the tenant has and will have."""
         owner = self._tenants.get(job.tenant) or self._idle.get(job.tenant)
         change, job.size = size - job.size, size
         if owner is None or change == 0.0:
@@ -117,10 +120,21 @@ class Fluid:
         else:
             owner.start += change / owner.weight
             owner.served_to += change / owner.weight
+            for each in owner.late.values():
+                if each is not job:
+                    each.finish += change / owner.weight
+            self.version += bool(owner.late)
         self._chain(owner)
         if not owner.is_active and owner.end > self.virtual:
             del self._idle[owner.name]
             self._activate(owner)
+
+    def close(self, job: Job) -> None:
+        """The job has ended in reality."""
+        job.is_open = False
+        owner = self._tenants.get(job.tenant) or self._idle.get(job.tenant)
+        if owner is not None:
+            owner.late.pop(job.number, None)
 
     def flows(self, job: Job) -> bool:
         """Whether the job is not done in the fluid."""
@@ -164,7 +178,12 @@ class Fluid:
 
     def _take_out(self, tenant: _Tenant, job: Job) -> None:
         tenant.start += job.size / tenant.weight
+        self._stop_flowing(tenant, job)
+
+    def _stop_flowing(self, tenant: _Tenant, job: Job) -> None:
         job.is_flowing = False
+        if job.is_open:
+            tenant.late[job.number] = job
 
     def _wake(self, name: str, grace: float | None) -> _Tenant:
         tenant = self._idle.pop(name, None)
@@ -190,7 +209,7 @@ class Fluid:
         """V has reached its end: all its jobs are done."""
         for job in tenant.jobs:
             tenant.clock = max(tenant.clock, job.own_finish)
-            job.is_flowing = False
+            self._stop_flowing(tenant, job)
         tenant.jobs.clear()
         tenant.start = tenant.served_to = tenant.end
         tenant.is_active = False

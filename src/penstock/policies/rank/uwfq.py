@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from typing import Final
 
@@ -60,6 +60,7 @@ class UserWeightedFair(Rank):
         self._fluid = Fluid(context.terms.weight)
         self._calls: dict[int, _Call] = {}  # by arrival index
         self._programs: OrderedDict[ProgramKey, Job] = OrderedDict()  # least recently used first
+        self._open: Counter[int] = Counter()  # calls of each job that have not ended, by the job's number
         self._corrections: list[tuple[Job, float]] = []  # wait for the step's work to be told
         self._input_tokens = 0  # computed by the replica so far
         self._output_tokens = 0
@@ -139,6 +140,10 @@ class UserWeightedFair(Rank):
             self._flowed = work
         for job, change in self._corrections:
             self._fluid.resize(job, max(0.0, job.size + change))
+            self._open[job.number] -= 1
+            if not self._open[job.number]:
+                del self._open[job.number]
+                self._fluid.close(job)
         self._corrections.clear()
 
     def _job_of(self, tenant: str, program: ProgramKey | None, size: float, now_s: float) -> Job:
@@ -148,6 +153,8 @@ class UserWeightedFair(Rank):
             job = earlier
         else:
             job = self._fluid.arrive(tenant, size, None if earlier is None else self._grace(now_s))
+        job.is_open = True
+        self._open[job.number] += 1
         if program is not None:
             self._programs[program] = job
             while len(self._programs) > PROGRAMS_MAX:
