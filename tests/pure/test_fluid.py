@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from penstock.policies.rank.fluid import Fluid, Job
@@ -78,6 +78,9 @@ def test_deadlines_and_ends_are_those_of_brute_force(rows: list[tuple[int, str, 
         brute.tenants[tenant].left.append((job.number, float(size)))
     tolerance = 1.0 * len(rows)  # a step's work is lost with each end
     expected = brute.finishes({job.number: job.size for job in jobs})
+    for each in brute.tenants.values():  # which of two that end together comes first is rounding
+        left = sorted(work for _, work in each.left)
+        assume(all(later - earlier > tolerance / 2 for earlier, later in zip(left, left[1:], strict=False)))
     flowing = [job for job in jobs if job.number in expected and fluid.flows(job)]
     for job in flowing:
         assert job.finish == pytest.approx(expected[job.number], abs=tolerance)
