@@ -158,6 +158,10 @@ def test_service_counts_until_the_last_arrival() -> None:
     )
     assert found.tokens_max_over_min == pytest.approx(111 / 106)
     assert fairness([done], [11]).tokens_jain is None
+    weights = {done.tenant: 3.0}
+    by_weight = fairness([late, done], [11, 11], lambda tenant: weights.get(tenant, 1.0))
+    tokens = {service.tenant: service.service_tokens for service in by_weight.largest}
+    assert by_weight.tokens_jain == jain([tokens[done.tenant] / 3.0, tokens[late.tenant]])
 
 
 # ---- stacks and rates as they are written -----------------------------------------------------------------

@@ -91,6 +91,10 @@ class GatewaySettings:
     api_keys: tuple[str, ...] = setting(
         tuple, "accepted bearer keys, comma separated in the environment; none: open"
     )
+    tenant_header: str = setting(
+        "x-gateway-inference-fairness-id",
+        "request header that names the tenant, set by a proxy you trust; empty: everybody is `default`",
+    )
     drain_timeout_s: float = setting(30.0, "how long running streams may finish after SIGTERM", low=0.0)
     stall_s: float = setting(30.0, "without an engine heartbeat for so long, /health says stuck", low=0.1)
     body_bytes_max: int = setting(8 << 20, "largest request body read", low=1024)

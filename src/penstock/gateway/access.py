@@ -1,17 +1,18 @@
-"""What request headers say about the caller: key, class of service, deadline."""
+"""What request headers say about the caller: key, tenant, class of service, deadline."""
 
 from __future__ import annotations
 
 import hmac
-from collections.abc import Mapping
+from collections.abc import Collection
 
 from starlette.requests import Request
 
 from penstock.core.errors import InvalidApiKey, InvalidRequest
-from penstock.core.metrics import Slo
 from penstock.core.settings import GatewaySettings
 
 CLASS_HEADER = "x-penstock-class"
+OBJECTIVE_HEADER = "x-gateway-inference-objective"  # the same, in the words of the Gateway API
+NAME_CHARS_MAX = 200  # as in the request log
 DEADLINE_HEADER = "x-penstock-deadline-ms"
 DEADLINE_MS_MAX = 86_400_000
 
@@ -30,17 +31,42 @@ def check_key(request: Request, settings: GatewaySettings) -> None:
         raise InvalidApiKey("The API key is not known here.", hint="Check the key.")
 
 
-def slo_class_of(request: Request, slos: Mapping[str, Slo]) -> str:
-    """The class of service asked for; it must be one that the server defines."""
-    name = request.headers.get(CLASS_HEADER)
-    if name is None:
-        return "default"
-    if name not in slos:
-        known = ", ".join(f"`{each}`" for each in slos) or "none"
+def tenant_of(request: Request, settings: GatewaySettings) -> str:
+    """Whom the request is served for: what the header says that the operator trusts, else `default`."""
+    header = settings.tenant_header
+    name = request.headers.get(header) if header else None
+    return "default" if name is None else _checked_name(name, header)
+
+
+def slo_class_of(request: Request, classes: Collection[str]) -> str:
+    """The class of service asked for; it must be one of `classes`, those that the server defines.
+
+    A server that defines none passes on what a gateway calls the objective, as a label.
+    """
+    asked = {header: request.headers.get(header) for header in (CLASS_HEADER, OBJECTIVE_HEADER)}
+    given = {header: name for header, name in asked.items() if name is not None}
+    if len(set(given.values())) > 1:
         raise InvalidRequest(
-            f"The class in `{CLASS_HEADER}` is not defined here.",
-            hint=f"Defined: {known}.",
-            param=CLASS_HEADER,
+            f"`{CLASS_HEADER}` and `{OBJECTIVE_HEADER}` name different classes.",
+            hint="Send one of them.",
+            param=OBJECTIVE_HEADER,
+        )
+    for header, name in given.items():
+        if name in classes or name == "default":
+            continue
+        if header == OBJECTIVE_HEADER and not classes:
+            return _checked_name(name, header)
+        known = ", ".join(f"`{each}`" for each in sorted(classes)) or "none"
+        raise InvalidRequest(
+            f"The class in `{header}` is not defined here.", hint=f"Defined: {known}.", param=header
+        )
+    return next(iter(given.values()), "default")
+
+
+def _checked_name(name: str, header: str) -> str:
+    if not 1 <= len(name) <= NAME_CHARS_MAX or not name.isascii() or not name.isprintable():
+        raise InvalidRequest(
+            f"`{header}` must be 1 to {NAME_CHARS_MAX} printable ASCII characters.", param=header
         )
     return name
 

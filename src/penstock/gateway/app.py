@@ -38,7 +38,7 @@ from penstock.gateway.state import Gateway
 from penstock.gateway.switchboard import OutcomeHook, Recorder, Switchboard
 from penstock.gateway.text import MakeDetokenizer, Template, Tokenizer
 from penstock.models.detokenize import IncrementalDetokenizer
-from penstock.policies.stack import rank_class
+from penstock.policies.stack import rank_class, rank_classes
 from penstock.replica.messages import ReplicaInfo, ReplicaLink
 
 CLIENT_CLOSED_STATUS = 499  # nobody reads it; it marks the case in logs
@@ -108,7 +108,8 @@ def _make_gateway(
 ) -> Gateway:
     info = link.info
     served = _served(info, tokenizer, settings)
-    metrics = GatewayMetrics(info, settings.slo, predict_step)
+    weights = {name: tenant.weight for name, tenant in settings.tenants.items()}
+    metrics = GatewayMetrics(info, settings.slo, predict_step, weights)
     desk = Desk(settings.desk, served.capacity)
     return Gateway(
         settings=settings,
@@ -139,6 +140,7 @@ def _served(info: ReplicaInfo, tokenizer: Tokenizer, settings: Settings) -> Serv
         eos_ids=frozenset(tokenizer.eos_ids),
         choices_max=settings.gateway.choices_max,
         is_priority_ranked=rank.reads_priority,
+        classes=frozenset(settings.slo) | rank_classes(settings.policies),
     )
 
 

@@ -25,6 +25,7 @@ class Served:
     eos_ids: frozenset[int]
     choices_max: int
     is_priority_ranked: bool  # whether the replica's policy reads `priority` at all
+    classes: frozenset[str] = frozenset()  # of service; what else is asked for is refused
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import ValidationError
 from starlette.requests import Request
 
-from penstock.gateway.access import check_key, deadline_s_of, slo_class_of
+from penstock.gateway.access import check_key, deadline_s_of, slo_class_of, tenant_of
 from penstock.gateway.answer import Answer
 from penstock.gateway.body import Hold, parse_json_object, read_body
 from penstock.gateway.chat import ChatRenderer
@@ -171,7 +171,11 @@ def _prompt_text(gateway: Gateway, prompt: Prompt) -> str:
 
 
 def _caller(request: Request, gateway: Gateway, arrival_s: float) -> Caller:
-    return Caller(arrival_s, slo_class=slo_class_of(request, gateway.settings.slo))
+    return Caller(
+        arrival_s,
+        tenant=tenant_of(request, gateway.settings.gateway),
+        slo_class=slo_class_of(request, gateway.served.classes),
+    )
 
 
 def _new_id(renderer: type[ChatRenderer] | type[CompletionRenderer]) -> str:

@@ -26,6 +26,7 @@ from penstock.core.metrics import (
 from penstock.core.reasons import CancelReason, ShedReason
 from penstock.core.step_trace import StepRecord
 from penstock.gateway.drift import PredictStep, StepDrift
+from penstock.gateway.tenants import OUTPUT, PROMPT, TenantBook
 from penstock.replica.messages import ReplicaInfo, ReplicaStats
 
 OURS, ALIAS = "penstock:", "vllm:"
@@ -91,18 +92,23 @@ class GatewayMetrics:
     """Counts what happens. Methods are cheap; nothing here blocks."""
 
     def __init__(
-        self, info: ReplicaInfo, slos: Mapping[str, Slo], predict_step: PredictStep | None = None
+        self,
+        info: ReplicaInfo,
+        slos: Mapping[str, Slo],
+        predict_step: PredictStep | None = None,
+        tenant_weights: Mapping[str, float] | None = None,
     ) -> None:
         self._slos = slos
         self._drift = None if predict_step is None else StepDrift(predict_step)
         self._labels = {"model_name": info.model, "engine": info.engine}
         self.engine = EngineView(ReplicaStats())
+        self.tenants = TenantBook(tenant_weights or {})
         self._inner = CollectorRegistry(auto_describe=False)
         self._make_counters()
         self._make_histograms()
         self._make_fixed_gauges(info)
         self._outer = CollectorRegistry(auto_describe=False)
-        self._outer.register(_Exposition(self._inner, self.engine, self._labels))
+        self._outer.register(_Exposition(self._inner, self.engine, self.tenants, self._labels))
 
     def render(self) -> bytes:
         """The text exposition of everything."""
@@ -137,6 +143,10 @@ class GatewayMetrics:
     def shed(self, reason: ShedReason) -> None:
         self._rejections.inc()
         self._shed.labels(reason=reason.value, **self._labels).inc()
+
+    def storm(self, cause: str) -> None:
+        """Much of the work has become work done before."""
+        self._storms.labels(cause=cause, **self._labels).inc()
 
     def cancelled(self, reason: CancelReason) -> None:
         self._cancelled.labels(reason=reason.value, **self._labels).inc()
@@ -189,6 +199,9 @@ class GatewayMetrics:
         self._success = self._reasons("request_success", "Requests that ended, by how.", "finished_reason")
         self._shed = self._reasons("shed", "Calls refused at the door, by why.", "reason")
         self._cancelled = self._reasons("cancelled", "Calls cancelled before their end, by why.", "reason")
+        self._storms = self._reasons(
+            "preemption_storms", "Times that preemption got out of hand, by the main cause.", "cause"
+        )
         self._errors = Counter(
             OURS + "error_answers",
             "Error answers, by status and code.",
@@ -274,9 +287,12 @@ class GatewayMetrics:
 class _Exposition(Collector):
     """Everything under our names, followed by the same under vLLM's where it has them."""
 
-    def __init__(self, inner: CollectorRegistry, view: EngineView, labels: Mapping[str, str]) -> None:
+    def __init__(
+        self, inner: CollectorRegistry, view: EngineView, tenants: TenantBook, labels: Mapping[str, str]
+    ) -> None:
         self._inner = inner
         self._view = view
+        self._tenants = tenants
         self._labels = dict(labels)
 
     def collect(self) -> Iterator[Metric]:
@@ -293,6 +309,7 @@ class _Exposition(Collector):
             yield family
         yield from self._gauges()
         yield from self._counters()
+        yield from self._by_tenant()
 
     def _gauges(self) -> Iterator[Metric]:
         view, stats = self._view, self._view.stats
@@ -340,6 +357,31 @@ class _Exposition(Collector):
             for reason, value in values.items():
                 counter.add_metric([reason, *self._labels.values()], value)
             yield counter
+
+    def _by_tenant(self) -> Iterator[Metric]:
+        book = self._tenants
+        for name, help, counts in (
+            ("tenant_requests_running", "Requests that run, by tenant.", book.running),
+            ("tenant_requests_waiting", "Requests that wait, by tenant.", book.waiting),
+        ):
+            family = self._family(name, help, "tenant")
+            for label in book.labels:
+                family.add_metric([label, *self._labels.values()], counts[label])
+            yield family
+        served = CounterMetricFamily(
+            OURS + "tenant_service_tokens",
+            "Tokens served, by tenant.",
+            labels=["tenant", "kind", *self._labels],
+        )
+        for label in book.labels:
+            for kind in (PROMPT, OUTPUT):
+                served.add_metric([label, kind, *self._labels.values()], book.served[label, kind])
+        yield served
+        yield self._gauge(
+            "tenant_fairness_gap_tokens",
+            "Largest difference of weighted service between tenants that wait.",
+            book.gap_tokens(),
+        )
 
     def _gauge(self, name: str, help: str, value: float) -> GaugeMetricFamily:
         family = GaugeMetricFamily(OURS + name, help, labels=list(self._labels))

@@ -24,7 +24,7 @@ from penstock.core.errors import (
     Overloaded,
     PenstockError,
 )
-from penstock.core.events import Admitted, Finished, PhaseTimes, TokenOut
+from penstock.core.events import Admitted, Finished, PhaseTimes, Preempted, TokenOut
 from penstock.core.metrics import RequestOutcome
 from penstock.core.reasons import CancelReason, FinishReason, ShedReason
 from penstock.core.request import Request
@@ -33,6 +33,7 @@ from penstock.desk import Desk
 from penstock.gateway.health import EngineState, EngineWatch
 from penstock.gateway.inflight import Call, Choice
 from penstock.gateway.metrics import GatewayMetrics, PhaseSpans
+from penstock.gateway.storms import StormWatch
 from penstock.replica.messages import ReplicaDied, ReplicaLink, StepReport
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,8 @@ class Switchboard:
         self._clock = clock
         self._on_outcome = on_outcome
         self._recorder = recorder
+        self._tenants = metrics.tenants
+        self._storms = StormWatch()
         self._choices: dict[str, Choice] = {}  # by request id, until settled
         self._calls: set[Call] = set()  # until their connection is done with them
         self._inbox: deque[StepReport | ReplicaDied] = deque()
@@ -165,6 +168,7 @@ class Switchboard:
             raise
         self._calls.add(call)
         self._choices.update((choice.request.id, choice) for choice in call.choices)
+        self._tenants.entered(requests)
         self._refill()
 
     def close(self, call: Call) -> None:
@@ -257,13 +261,23 @@ class Switchboard:
                 self._take_token(choice, event, now_s)
             elif isinstance(event, Finished):
                 self._settle(choice, event, now_s)
-            elif isinstance(event, Admitted) and not event.resumed:
-                choice.progress.engine_admitted_s = event.at_s
-                choice.progress.cached_tokens = event.cached_len
+            elif isinstance(event, Admitted):
+                self._tenants.started(choice.request, resumed=event.resumed)
+                if not event.resumed:
+                    choice.progress.engine_admitted_s = event.at_s
+                    choice.progress.cached_tokens = event.cached_len
+            elif isinstance(event, Preempted):
+                self._tenants.preempted(event.request_id)
+                self._storms.preempted(event, now_s)
+        storm = self._storms.reported(report.stats.step_index, report.stats.step_tokens, now_s)
+        if storm is not None:
+            logger.warning("%s", storm)
+            self._metrics.storm(storm.cause)
 
     def _take_token(self, choice: Choice, event: TokenOut, now_s: float) -> None:
         progress = choice.progress
         progress.token_count += 1
+        self._tenants.token(event.request_id)
         if progress.first_token_s is None:
             progress.first_token_s, progress.engine_first_s = now_s, event.at_s
             self._metrics.first_token(now_s - choice.request.arrival_s)
@@ -408,6 +422,7 @@ class Switchboard:
         self, choice: Choice, reason: FinishReason, phases: PhaseTimes, now_s: float, detail: str | None
     ) -> None:
         request, progress = choice.request, choice.progress
+        self._tenants.left(request.id)
         outcome = RequestOutcome(
             request_id=request.id,
             arrival_s=request.arrival_s,

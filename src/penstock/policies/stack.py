@@ -106,6 +106,11 @@ def rank_class(name: str) -> type[Rank]:
     return RANK.entry(name).make
 
 
+def rank_classes(policies: PolicySettings) -> frozenset[str]:
+    """Classes of service that the rank policy's options name."""
+    return rank_class(policies.rank).classes(policies.options.get(policies.rank, {}))
+
+
 def terms_of(settings: Settings) -> ServiceTerms:
     """What the settings promise to classes and tenants."""
     return ServiceTerms(

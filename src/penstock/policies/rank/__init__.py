@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from penstock.policies.base import Policy
@@ -23,6 +24,11 @@ class Rank(Policy):
     reorders: ClassVar[bool] = True
     reads_priority: ClassVar[bool] = False
     orders_tenants: ClassVar[bool] = False  # see `key`
+
+    @classmethod
+    def classes(cls, options: Mapping[str, Any]) -> frozenset[str]:
+        """Classes of service that the policy's options name; `options` as the settings have them."""
+        return frozenset()
 
     @abstractmethod
     def key(self, sequence: SequenceView, now_s: float) -> RankKey:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from penstock.core.errors import ConfigError
 from penstock.core.settings import setting
@@ -34,6 +35,11 @@ class Priority(Rank):
 
     def __init__(self, context: Context, options: PriorityOptions) -> None:
         self._of_class = parse_classes(options.classes)
+
+    @classmethod
+    def classes(cls, options: Mapping[str, Any]) -> frozenset[str]:
+        given = options.get("classes", ())
+        return frozenset(parse_classes(given.split(",") if isinstance(given, str) else given))
 
     def key(self, sequence: SequenceView, now_s: float) -> RankKey:
         request = sequence.request

@@ -2,12 +2,13 @@
 
 Service is counted in tokens delivered until the last arrival: later everybody gets what is left, under any
 policy. A request's prompt counts when its first token comes, its output evenly from the first token to the
-last. Jain's index is (Σx)² / (n Σx²): 1 when all x are equal, 1/n when one tenant has everything.
+last. Where tenants have weights, tokens over weight are compared. Jain's index is (Σx)² / (n Σx²): 1 when all
+x are equal, 1/n when one tenant has everything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from penstock.core.metrics import RequestOutcome
@@ -23,6 +24,7 @@ class TenantService:
     requests: int = 0
     asked_tokens: int = 0
     service_tokens: float = 0.0
+    weight: float = 1.0
 
     @property
     def served_frac(self) -> float:
@@ -31,7 +33,7 @@ class TenantService:
 
 @dataclass(frozen=True, slots=True)
 class Fairness:
-    """Over all tenants: of tokens, and of the share of what each asked for. None below two tenants."""
+    """Over all tenants: of tokens over weight, and of the share of what each asked for. None below two."""
 
     tenants: int
     tokens_max_over_min: float | None  # None as well where some tenant got nothing
@@ -40,16 +42,22 @@ class Fairness:
     largest: list[TenantService]  # those that asked for the most, TENANTS_SHOWN at most
 
 
-def fairness(outcomes: Sequence[RequestOutcome], asked_output_tokens: Sequence[int]) -> Fairness:
+def fairness(
+    outcomes: Sequence[RequestOutcome],
+    asked_output_tokens: Sequence[int],
+    weight_of: Callable[[str], float] = lambda tenant: 1.0,
+) -> Fairness:
     """`asked_output_tokens` is parallel to `outcomes`: what a lost request would have been given."""
     until_s = max((outcome.arrival_s for outcome in outcomes), default=0.0)
     found: dict[str, TenantService] = {}
     for outcome, asked in zip(outcomes, asked_output_tokens, strict=True):
-        service = found.setdefault(outcome.tenant, TenantService(outcome.tenant))
+        if (service := found.get(outcome.tenant)) is None:
+            service = TenantService(outcome.tenant, weight=weight_of(outcome.tenant))
+            found[outcome.tenant] = service
         service.requests += 1
         service.asked_tokens += outcome.prompt_tokens + asked
         service.service_tokens += delivered_tokens(outcome, until_s)
-    tokens = [service.service_tokens for service in found.values()]
+    tokens = [service.service_tokens / service.weight for service in found.values()]
     shares = [service.served_frac for service in found.values()]
     largest = sorted(found.values(), key=lambda service: (-service.asked_tokens, service.tenant))
     several = len(tokens) > 1

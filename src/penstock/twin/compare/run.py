@@ -10,6 +10,7 @@ import numpy as np
 
 from penstock.core.metrics import Goodput, RequestOutcome, Slo, goodput
 from penstock.core.settings import Settings
+from penstock.policies.stack import terms_of
 from penstock.replica.limits import ReplicaLimits
 from penstock.twin.compare.fairness import Fairness, fairness
 from penstock.twin.compare.pairs import Group, groups_of
@@ -197,7 +198,11 @@ def run_once(bench: Bench, contender: Contender, rate: float) -> tuple[Run, dict
         kv_usage_mean=float(np.mean(usage)),
         kv_usage_max=float(np.max(usage)),
         steps_out_of_range=sum(twin.executor.steps_out_of_range for twin in fleet),
-        fairness=fairness(measured, [asked[number_of(outcome.request_id)] for outcome in measured]),
+        fairness=fairness(
+            measured,
+            [asked[number_of(outcome.request_id)] for outcome in measured],
+            terms_of(contender.settings).weight,
+        ),
         server=server,
     )
     return run, {outcome.request_id: outcome for outcome in measured}
