@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from penstock.engine.attention import AttentionBackend, TorchAttention, make_attention
 from penstock.engine.checkpoint import open_checkpoint
 from penstock.engine.executor import TorchExecutor
+from penstock.engine.host_kv import HostKV
 from penstock.engine.kv_store import KVStore
 from penstock.engine.linear_cpu import CpuLinearBackend
 from penstock.engine.model import DecoderModel
@@ -71,7 +72,13 @@ class TinyEngine:
             open_checkpoint(source), dtype=dtype, device=torch.device("cpu"), linear=CpuLinearBackend(THREADS)
         )
 
-    def executor(self, kv_blocks: int, block_tokens: int = 16) -> TorchExecutor:
+    def executor(
+        self,
+        kv_blocks: int,
+        block_tokens: int = 16,
+        host_blocks: int = 0,
+        bytes_per_s: float | None = None,
+    ) -> TorchExecutor:
         store = KVStore(self.model.config, kv_blocks, block_tokens, self.dtype, torch.device("cpu"))
         store.k.fill_(torch.nan)
         store.v.fill_(torch.nan)
@@ -81,4 +88,5 @@ class TinyEngine:
         else:
             backend = make_attention(self.model.config, store, THREADS)
             assert backend.name == self.attention, "the kernels were not built"
-        return TorchExecutor(self.model, store, backend, THREADS)
+        host = HostKV(store, host_blocks, bytes_per_s) if host_blocks else None
+        return TorchExecutor(self.model, store, backend, THREADS, host)

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,10 +18,11 @@ from penstock.core.settings import ReplicaSettings, Settings
 from penstock.engine.attention import make_attention
 from penstock.engine.checkpoint import open_checkpoint
 from penstock.engine.executor import TorchExecutor
+from penstock.engine.host_kv import HostKV
 from penstock.engine.kv_store import KVStore, block_bytes
 from penstock.engine.linear import LinearBackend, PlainLinearBackend
 from penstock.engine.linear_cpu import CpuLinearBackend
-from penstock.engine.memory import kv_block_count
+from penstock.engine.memory import host_block_count, kv_block_count
 from penstock.engine.model import DecoderModel
 from penstock.engine.threads import Threads
 from penstock.models.config import ModelConfig, ModelFiles
@@ -74,10 +75,15 @@ def build_engine(
     with stages.timed("kv_pool"):
         per_block = block_bytes(config, replica.kv_block_tokens, dtype)
         blocks = kv_block_count(replica.kv_memory, per_block, device)
-        limits = _limits(replica, config, blocks)
+        limits = replace(
+            _limits(replica, config, blocks),
+            host_kv_blocks=host_block_count(replica.host_kv_memory, per_block, blocks),
+            kv_block_bytes=per_block,
+        )
         model.reserve_positions(limits.context_len_max)
         store = KVStore(config, blocks, replica.kv_block_tokens, dtype, device)
-    executor = TorchExecutor(model, store, make_attention(config, store, threads), threads)
+        host = HostKV(store, limits.host_kv_blocks) if limits.host_kv_blocks else None
+    executor = TorchExecutor(model, store, make_attention(config, store, threads), threads, host)
     info = ReplicaInfo(
         engine="0",
         model=model_name,
@@ -146,6 +152,8 @@ def _limits(replica: ReplicaSettings, config: ModelConfig, kv_blocks: int) -> Re
         step_tokens_max=replica.step_tokens,
         context_len_max=context_len,
         prefix_cache=replica.prefix_cache,
+        kv_group_tokens=replica.kv_group_tokens,
+        kv_layers=config.layers,
     )
 
 

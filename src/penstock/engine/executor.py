@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from penstock.core.step import Chunk, SequenceStart, StepPlan, StepResult, TokenLogprobs
+from penstock.core.step import Chunk, CopyDone, SequenceStart, StepPlan, StepResult, TokenLogprobs
 from penstock.engine.attention import AttentionBackend, SequenceRows
+from penstock.engine.host_kv import HostKV
 from penstock.engine.kv_store import KVStore
 from penstock.engine.model import DecoderModel
 from penstock.engine.sampling import SamplingRow, sample, token_logprobs
@@ -42,10 +43,16 @@ class TorchExecutor:
     """Runs plans on a model. Not thread-safe: plans come one after the other."""
 
     def __init__(
-        self, model: DecoderModel, store: KVStore, attention: AttentionBackend, threads: Threads
+        self,
+        model: DecoderModel,
+        store: KVStore,
+        attention: AttentionBackend,
+        threads: Threads,
+        host: HostKV | None = None,
     ) -> None:
         self._model = model
         self._store = store
+        self._host = host  # needed where plans have copies
         self._attention = attention
         self._threads = threads
         self._device = store.k.device
@@ -54,6 +61,8 @@ class TorchExecutor:
 
     def reset(self) -> None:
         """Forget every sequence, as after a failed step. Pages keep their bytes; nobody points to them."""
+        if self._host is not None:
+            self._host.drain()
         for seq_id in self._live:
             self._store.release(seq_id)
         self._live.clear()
@@ -74,17 +83,33 @@ class TorchExecutor:
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Raises whatever torch raises; the sequences of the plan are then in an unknown state."""
-        began_s = time.perf_counter()
         self.forget(plan.ends)
         for start in plan.starts:
             self._begin(start)
         for seq_id, blocks in plan.new_blocks:
             self._store.extend(seq_id, blocks)
+        stalled_s = 0.0 if self._host is None else self._copy(plan, self._host)
+        began_s = time.perf_counter()
+        if not plan.token_count:
+            return StepResult({}, copied=self._copied(), stalled_s=stalled_s)
         self._threads.use_for(plan.token_count)
         chunks = [*plan.chunks, *self._decodes(plan)]
         result = self._sample(chunks, self._forward(chunks))
         result.duration_s = time.perf_counter() - began_s
+        result.copied, result.stalled_s = self._copied(), stalled_s
         return result
+
+    def _copy(self, plan: StepPlan, host: HostKV) -> float:
+        """Begin the plan's copies, and wait for those it needs. Returns how long that took."""
+        host.begin(plan.copies)
+        if not plan.waits:
+            return 0.0
+        began_s = time.perf_counter()
+        host.wait(plan.waits)
+        return time.perf_counter() - began_s
+
+    def _copied(self) -> Sequence[CopyDone]:
+        return () if self._host is None else self._host.take()
 
     def _begin(self, start: SequenceStart) -> None:
         assert start.tokens is not None, "the engine needs tokens, not only lengths"

@@ -12,6 +12,7 @@ from penstock.core.units import GIB, format_bytes, parse_bytes
 CPU_SHARE = 0.25  # of what is available when the weights are in place; a laptop does other things too
 CPU_AUTO_MAX_BYTES = 4 * GIB
 CUDA_SHARE = 0.85
+HOST_AUTO_POOLS = 2  # host memory for KV, in pools, where it is to be chosen
 
 
 def available_bytes(device: torch.device) -> int:
@@ -47,11 +48,29 @@ def kv_block_count(setting: str, block_bytes: int, device: torch.device) -> int:
     return wanted // block_bytes
 
 
-def _parse_setting(setting: str) -> int:
+def host_block_count(setting: str, block_bytes: int, kv_blocks: int) -> int:
+    """Blocks in host memory, for `replica.host_kv_memory`: a size, `auto` or 0. Raises ConfigError."""
+    if setting.strip() == "0":
+        return 0
+    available = available_bytes(torch.device("cpu"))
+    if setting == "auto":
+        return min(HOST_AUTO_POOLS * kv_blocks, int(available * CPU_SHARE) // block_bytes)
+    wanted = _parse_setting(setting, "replica.host_kv_memory")
+    if not block_bytes <= wanted <= available:
+        raise ConfigError(
+            f"`replica.host_kv_memory` asks for {format_bytes(wanted)}; {format_bytes(available)} are "
+            f"available, and a KV block takes {format_bytes(block_bytes)}",
+            hint="Ask for a size between the two, `auto`, or 0 for none.",
+            param="replica.host_kv_memory",
+        )
+    return wanted // block_bytes
+
+
+def _parse_setting(setting: str, name: str = "replica.kv_memory") -> int:
     try:
         return parse_bytes(setting)
     except ValueError as error:
-        raise ConfigError(f"`replica.kv_memory`: {error}", param="replica.kv_memory") from None
+        raise ConfigError(f"`{name}`: {error}", param=name) from None
 
 
 def _meminfo_available_bytes() -> int:

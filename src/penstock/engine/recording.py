@@ -22,6 +22,7 @@ from penstock.policies.stack import terms_of
 from penstock.replica import journal
 from penstock.replica.journal import Journal
 from penstock.replica.limits import ReplicaLimits
+from penstock.replica.messages import Advice
 from penstock.replica.step_meter import StepMeter
 
 SALT_BYTES: Final = 16
@@ -58,6 +59,10 @@ class Recording:
         if self._journal is not None:
             self._journal.cancelled(request_id, reason.value, now_s)
 
+    def advised(self, advice: Advice, now_s: float) -> None:
+        if self._journal is not None:
+            self._journal.advised(advice, now_s)
+
     def planned(self, plan: StepPlan | None, now_s: float) -> None:
         """The plans of an idle replica are all alike, and only the first is written."""
         was_idle, self._is_idle = self._is_idle, plan is None
@@ -75,6 +80,8 @@ class Recording:
         if self._journal is not None:
             self._journal.completed(result, events, times.ended_s)
         record = self._meter.record(plan, result, times) if self._measures else None
+        if not plan.token_count:
+            record = None  # it only waited for copies
         if self._steps is not None and record is not None:
             self._steps.write(step_trace.line_of(record))
         if times.ended_s - self._flushed_s >= FLUSH_S:

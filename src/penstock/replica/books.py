@@ -62,7 +62,7 @@ class Books:
         )
         self._prefixes = Prefixes(self._pool, limits, self._stats)
         self._swapping: Swapping | None = None  # where there is room in host memory
-        if limits.host_kv_blocks:
+        if limits.host_kv_blocks and stack.preempt.swaps:
             self._swapping = Swapping(
                 limits, self._pool, stack.preempt, self._draft, self._stats, self._rank_key
             )
@@ -72,6 +72,8 @@ class Books:
         self._on_copied = hooks["copied"]
         self._on_left, self._on_finished = hooks["left"], hooks["finished"]
         self._steps_valid = hooks["steps_valid"]
+        for attached in hooks["attached"]:
+            attached(self)
 
     # ---- the window policies look through -------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 
-from penstock.core.step import Chunk, SequenceStart, StepPlan
+from penstock.core.step import Chunk, Copy, SequenceStart, StepPlan
 from penstock.replica.sequence import Sequence
 
 
@@ -15,6 +15,8 @@ class PlanDraft:
         self._starts: dict[int, SequenceStart] = {}
         self._ends: list[int] = []
         self._new_blocks: list[tuple[int, list[int]]] = []
+        self._copies: list[Copy] = []
+        self._waits: dict[int, None] = {}
 
     def start(self, sequence: Sequence) -> None:
         self._starts[sequence.seq_id] = _start_message(sequence)
@@ -26,6 +28,13 @@ class PlanDraft:
         """The executor is to forget the sequence, unless it has not heard of it yet."""
         if self._starts.pop(sequence.seq_id, None) is None:
             self._ends.append(sequence.seq_id)
+
+    def copy(self, copy: Copy) -> None:
+        self._copies.append(copy)
+
+    def wait(self, copy_id: int) -> None:
+        """The next step begins when this copy is done."""
+        self._waits[copy_id] = None
 
     def plan(
         self,
@@ -41,7 +50,12 @@ class PlanDraft:
             new_blocks = [entry for entry in new_blocks if entry[0] in running]
         starts, self._starts = list(self._starts.values()), {}
         ends, self._ends = self._ends, []
-        return StepPlan(index, chunks, decode_count, paused, starts, ends, new_blocks)
+        plan = StepPlan(index, chunks, decode_count, paused, starts, ends, new_blocks)
+        if self._copies:
+            plan.copies, self._copies = self._copies, []
+        if self._waits:
+            plan.waits, self._waits = list(self._waits), {}
+        return plan
 
 
 def _start_message(sequence: Sequence) -> SequenceStart:

@@ -15,9 +15,10 @@ from typing import Any, Final
 from penstock.core.events import Finished, ReplicaEvent
 from penstock.core.request import Request
 from penstock.core.settings import PolicySettings
-from penstock.core.step import StepPlan, StepResult
+from penstock.core.step import Copy, StepPlan, StepResult
 from penstock.policies.context import ServiceTerms
 from penstock.replica.limits import ReplicaLimits
+from penstock.replica.messages import Advice, ProgramLeft
 from penstock.replica.sequence import Sequence as Content
 
 FORMAT: Final = "penstock-journal"
@@ -70,6 +71,14 @@ class Journal:
         self._forget(request_id)
         self._write({"call": "cancel", "at_s": now_s, "id": request_id, "reason": reason})
 
+    def advised(self, advice: Advice, now_s: float) -> None:
+        """A tool's name and a program's are kept as they are, like those that requests carry."""
+        if isinstance(advice, ProgramLeft):
+            tenant, name = advice.program
+            self._write({"call": "unpin", "at_s": now_s, "tenant": tenant, "program": name})
+        else:
+            self._write({"call": "tool", "at_s": now_s, "id": advice.request_id, "tool": advice.tool})
+
     def planned(self, plan: StepPlan | None, now_s: float) -> None:
         for start in plan.starts if plan is not None else ():
             shadow = self._by_seq[start.seq_id] = self._open[start.request_id]
@@ -100,6 +109,11 @@ class Journal:
                 "stopped": stopped,
                 "keys": keys,
                 "finished": finished,
+                **(
+                    {"copied": [[done.copy_id, done.seconds, done.ok] for done in result.copied]}
+                    if result.copied
+                    else {}
+                ),
             }
         )
 
@@ -145,6 +159,8 @@ def hints_of(request: Request) -> Line:
 
 def plan_facts(plan: StepPlan) -> Line:
     """All that a plan says, tokens and sampling left out, as JSON would read it back."""
+    copies = {} if not plan.copies else {"copies": [_copy_facts(copy) for copy in plan.copies]}
+    waits = {} if not plan.waits else {"waits": list(plan.waits)}
     return {
         "index": plan.index,
         "chunks": [[chunk.seq_id, chunk.start, chunk.count, chunk.emits] for chunk in plan.chunks],
@@ -154,7 +170,13 @@ def plan_facts(plan: StepPlan) -> Line:
         "ends": list(plan.ends),
         "new_blocks": [[seq_id, list(blocks)] for seq_id, blocks in plan.new_blocks],
         "repeat": plan.repeat,
+        **copies,
+        **waits,
     }
+
+
+def _copy_facts(copy: Copy) -> list[Any]:
+    return [copy.copy_id, copy.seq_id, copy.direction.value, [list(extent) for extent in copy.extents]]
 
 
 def finished_facts(events: Iterable[ReplicaEvent]) -> list[Sequence[Any]]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence as SequenceOf
+from typing import ClassVar
 
 from penstock.core.request import Request
 from penstock.policies.retain import Retain
@@ -21,6 +22,8 @@ from penstock.policies.retain import Retain
 
 class KVPool:
     """Allocates, shares and drops blocks; asks the `retain` policy which parked block to drop."""
+
+    in_groups: ClassVar[bool] = False  # whether it matters who a block is for
 
     def __init__(self, block_count: int, block_tokens: int, retain: Retain) -> None:
         assert block_count >= 1 and block_tokens >= 1
@@ -75,8 +78,8 @@ class KVPool:
                 self._retain.revived(block)
             self._holders[block] = holders + 1
 
-    def allocate(self, count: int, now_s: float) -> list[int]:
-        """`count` private blocks; the caller has checked `available`."""
+    def allocate(self, count: int, now_s: float, owner: int = 0) -> list[int]:
+        """`count` private blocks for sequence `owner`; the caller has checked `available`."""
         free = self._free
         while len(free) < count:
             free.append(self._drop_parked(now_s))
@@ -97,10 +100,16 @@ class KVPool:
         self._evicted.pop(key, None)
         return True
 
-    def release(self, blocks: SequenceOf[int], shared_count: int, request: Request, now_s: float) -> None:
-        """The holder leaves. Last blocks first, so that beginnings are parked longest."""
+    def release(
+        self, blocks: SequenceOf[int], shared_count: int, request: Request, now_s: float, first: int = 0
+    ) -> None:
+        """The holder leaves. Last blocks first, so that beginnings are parked longest.
+
+        `first`: how many blocks of the holder lie before these.
+        """
         self._free += blocks[shared_count:]
-        for block in reversed(blocks[:shared_count]):
+        for index in range(shared_count - 1, -1, -1):
+            block = blocks[index]
             holders = self._holders.get(block)
             if holders is None:  # it stayed private: another block had its key first
                 self._free.append(block)
@@ -108,7 +117,10 @@ class KVPool:
             assert holders >= 1, "a block is released once per holder"
             self._holders[block] = holders - 1
             if holders == 1:
-                self._retain.parked(block, request, now_s)
+                self._retain.parked_at(block, (first + index + 1) * self.block_tokens, request, now_s)
+
+    def drop_tail(self, owner: int) -> None:
+        """The sequence `owner` takes no more blocks."""
 
     def _drop_parked(self, now_s: float) -> int:
         block = self._retain.victim(now_s)
@@ -120,6 +132,9 @@ class KVPool:
             self._evicted.popitem(last=False)
         return block
 
+    def _free_blocks(self) -> set[int]:
+        return set(self._free)
+
     def check_invariants(self, holders: SequenceOf[SequenceOf[int]]) -> None:
         """`holders`: the blocks of every running sequence. Raises AssertionError. O(blocks)."""
         counts: dict[int, int] = {}
@@ -130,8 +145,8 @@ class KVPool:
         assert all(counts.get(block, 0) == held for block, held in self._holders.items())
         private = {block for block in counts if block not in self._holders}
         assert all(counts[block] == 1 for block in private), "a private block has one holder"
-        free = set(self._free)
-        assert len(free) == len(self._free), "a block is free once"
+        free = self._free_blocks()
+        assert len(free) == self.free_count, "a block is free once"
         assert not free & counts.keys() and not free & self._holders.keys()
         parked = sum(held == 0 for held in self._holders.values())
         assert parked == len(self._retain), "the retain policy knows exactly the parked blocks"

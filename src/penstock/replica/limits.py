@@ -20,6 +20,10 @@ class ReplicaLimits:
     context_len_max: int
     prefix_cache: bool = True
     repeat: bool = True  # let a decode plan stand; results are the same without
+    host_kv_blocks: int = 0  # room for copies in host memory
+    kv_group_tokens: int = 0  # a sequence's blocks come in runs of so many tokens; 0: one by one
+    kv_block_bytes: int = 0  # over all layers, K and V; 0: not known
+    kv_layers: int = 1  # a copy is one transfer a layer
 
 
 def check_feasible(request: Request, limits: ReplicaLimits) -> None:

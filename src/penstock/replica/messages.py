@@ -11,7 +11,7 @@ from typing import Protocol
 
 from penstock.core.events import ReplicaEvent
 from penstock.core.reasons import CancelReason
-from penstock.core.request import Request
+from penstock.core.request import ProgramKey, Request
 from penstock.core.step_trace import StepRecord
 
 
@@ -84,6 +84,24 @@ class ReplicaDied:
     detail: str
 
 
+@dataclass(frozen=True, slots=True)
+class ToolCalled:
+    """The answer in progress calls this tool: the model has written its name."""
+
+    request_id: str
+    tool: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramLeft:
+    """No turn of the program will follow: what it left pinned can go."""
+
+    program: ProgramKey
+
+
+Advice = ToolCalled | ProgramLeft  # what may help a policy, and changes no answer
+
+
 class ReplicaLink(Protocol):
     """A handle on one replica. Calls never block and may come from any thread.
 
@@ -101,6 +119,9 @@ class ReplicaLink(Protocol):
 
     def cancel(self, request_id: str, reason: CancelReason) -> None:
         """The request ends with `Finished(CANCELLED)`, or `STOP` for a stop string, within one step."""
+
+    def advise(self, advice: Advice) -> None:
+        """Heard in the order of `submit`; what it is about may be gone by then."""
 
     def heartbeat(self) -> int: ...
 

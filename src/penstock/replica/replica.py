@@ -8,14 +8,17 @@ calls it makes the same plans.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from penstock.core.events import Finished
-from penstock.core.reasons import CancelReason, FinishReason, PreemptReason, WaitReason
+from penstock.core.reasons import CancelReason, FinishReason, PinEvent, PreemptReason, WaitReason
 from penstock.core.request import Request
 from penstock.core.step import Chunk, StepPlan
 from penstock.core.units import ceil_div
 from penstock.policies.compose import Composition
 from penstock.policies.view import Candidate, Refusal
 from penstock.replica.limits import check_feasible
+from penstock.replica.messages import Advice, ProgramLeft
 from penstock.replica.results import Results
 from penstock.replica.sequence import Sequence
 
@@ -49,6 +52,18 @@ class Replica(Results):
             self._standing_steps = 0  # whom it held up may start with the next step
         finish = FinishReason.STOP if reason is CancelReason.STOP_STRING else FinishReason.CANCELLED
         return self._finish(sequence, finish, now_s, detail=reason.value)
+
+    def advise(self, advice: Advice, now_s: float) -> None:
+        """Take in a hint; one about something that is not here (any more) does nothing."""
+        self._now_s = now_s
+        self._expire_pins(now_s)
+        if isinstance(advice, ProgramLeft):
+            if self._pins.end(advice.program, PinEvent.RELEASED, now_s):
+                self._standing_steps = 0
+            return
+        sequence = self._by_request.get(advice.request_id)
+        if sequence is not None:
+            sequence.request = replace(sequence.request, tool=advice.tool)
 
     def fail_all(self, detail: str, now_s: float) -> list[Finished]:
         """The executor broke: answer everything here as failed."""
@@ -100,7 +115,8 @@ class Replica(Results):
         composition = self._stack.compose.compose(self, now_s)
         chunks = self._chunks(composition, now_s)
         paused = self._paused(composition, bool(chunks))
-        decode_count = len(self._lane.members) - len(paused) if composition.decode else 0
+        decodes = composition.decode or not chunks  # where every chunk had to yield, the decodes go on
+        decode_count = len(self._lane.members) - len(paused) if decodes else 0
         assert chunks or decode_count, "a step computes something while something runs"
         plan = self._make_plan(chunks, decode_count, paused)
         # Where somebody had to yield, the next plan may admit again.

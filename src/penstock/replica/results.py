@@ -8,6 +8,7 @@ from penstock.core.step import Chunk, StepPlan, StepResult
 from penstock.policies.view import StepFacts
 from penstock.replica.books import Books
 from penstock.replica.sequence import Phase, Sequence
+from penstock.replica.swapping import Swapping
 
 _Ends = dict[int, tuple[FinishReason, int | None]]  # seq_id → why, and the stop token if one was drawn
 
@@ -25,7 +26,7 @@ class Results(Books):
         events: list[ReplicaEvent] = [e for e in self._events if e.request_id in self._by_request]
         self._events = []
         ends: _Ends = {}
-        facts = self._step_facts(plan, result) if self._on_stepped else None
+        facts = self._step_facts(plan, result) if self._on_stepped and plan.token_count else None
         if plan.decode_count:
             self._advance_decodes(plan, result, events, ends, now_s)
         for chunk in plan.chunks:
@@ -39,11 +40,34 @@ class Results(Books):
         if facts is not None:
             for hook in self._on_stepped:
                 hook(facts, now_s)
+        if self._swapping is not None:
+            self._take_copies(self._swapping, result, now_s)
         stats = self._stats
         stats.step_index = plan.index + result.steps - 1
         stats.step_tokens = plan.token_count
         stats.step_s = result.duration_s
         return events
+
+    def _take_copies(self, swapping: Swapping, result: StepResult, now_s: float) -> None:
+        """Copies that are done: their blocks are free, and who was loaded runs."""
+        self._stats.swap_stall_s_total += result.stalled_s
+        if not result.copied:
+            return
+        for sequence, is_good in swapping.done(result.copied, now_s, self._on_copied):
+            if is_good:
+                self._enter_running(sequence, now_s)
+            else:
+                self._put_back(sequence, now_s)
+        self._standing_steps = 0
+
+    def _put_back(self, sequence: Sequence, now_s: float) -> None:
+        """What it was to be loaded with is gone; it waits to be computed again."""
+        self._pool.release(sequence.blocks, sequence.published_blocks, sequence.request, now_s)
+        if self._pool.in_groups:
+            self._pool.drop_tail(sequence.seq_id)
+        sequence.blocks = []
+        sequence.computed = sequence.published_blocks = 0
+        self._waiting.add(sequence, now_s)
 
     def _step_facts(self, plan: StepPlan, result: StepResult) -> StepFacts:
         """Taken before anybody advances."""

@@ -18,6 +18,7 @@ from penstock.twin.costs.spec import ModelSpec, Parallel
 
 CPU_AUTO_KV_BYTES = 4 * GIB  # the most that `serve` takes on a CPU when it may choose
 KV_ELEMENT_BYTES = 2
+HOST_AUTO_POOLS = 2  # host memory for KV, in pools, where it is to be chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +60,27 @@ def limits_of(settings: Settings, config: ModelConfig, machine: Machine) -> Repl
             hint="Choose larger hardware, cut the model over more devices, or set `replica.kv_memory`.",
             param="replica.kv_memory",
         )
+    kv_blocks = kv_tokens // replica.kv_block_tokens
+    block_bytes = replica.kv_block_tokens * config.kv_bytes_per_token(KV_ELEMENT_BYTES)
     return ReplicaLimits(
-        kv_blocks=kv_tokens // replica.kv_block_tokens,
+        kv_blocks=kv_blocks,
         kv_block_tokens=replica.kv_block_tokens,
         running_max=replica.running_max,
         step_tokens_max=replica.step_tokens,
         context_len_max=min(replica.context_len or config.context_len, config.context_len),
         prefix_cache=replica.prefix_cache,
+        host_kv_blocks=_host_blocks(replica.host_kv_memory, kv_blocks, block_bytes),
+        kv_group_tokens=replica.kv_group_tokens,
+        kv_block_bytes=block_bytes,
+        kv_layers=config.layers,
+    )
+
+
+def _host_blocks(setting: str, kv_blocks: int, block_bytes: int) -> int:
+    if setting == "0":
+        return 0
+    return (
+        HOST_AUTO_POOLS * kv_blocks if setting == "auto" else _bytes("host_kv_memory", setting) // block_bytes
     )
 
 
@@ -82,7 +97,11 @@ def _kind_of(path: Path) -> str:
 def _kv_bytes(setting: str) -> int:
     if setting == "auto":
         return CPU_AUTO_KV_BYTES
+    return _bytes("kv_memory", setting)
+
+
+def _bytes(name: str, setting: str) -> int:
     try:
         return parse_bytes(setting)
     except ValueError as error:
-        raise ConfigError(f"`replica.kv_memory`: {error}", param="replica.kv_memory") from None
+        raise ConfigError(f"`replica.{name}`: {error}", param=f"replica.{name}") from None

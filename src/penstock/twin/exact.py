@@ -19,11 +19,12 @@ from penstock.core.metrics import Slo
 from penstock.core.reasons import CancelReason
 from penstock.core.request import Request, SamplingParams
 from penstock.core.settings import PolicySettings
-from penstock.core.step import StepPlan, StepResult
+from penstock.core.step import CopyDone, StepPlan, StepResult
 from penstock.policies.context import ServiceTerms
 from penstock.policies.stack import make_stack
 from penstock.replica.journal import FORMAT, HINTS, VERSION, finished_facts, plan_facts
 from penstock.replica.limits import ReplicaLimits
+from penstock.replica.messages import ProgramLeft, ToolCalled
 from penstock.replica.replica import Replica
 from penstock.workloads.fields import object_of, required, shown, time_of
 from penstock.workloads.lines import Lines
@@ -109,6 +110,10 @@ class _Twin:
             return self._submit(row, at_s)
         if call == "cancel":
             self._cancel(row, at_s)
+        elif call == "tool":
+            self._replica.advise(ToolCalled(self._text(row, "id"), self._text(row, "tool")), at_s)
+        elif call == "unpin":
+            self._replica.advise(ProgramLeft((self._text(row, "tenant"), self._text(row, "program"))), at_s)
         elif call == "plan":
             return self._compare_plan(row, at_s)
         elif call == "complete":
@@ -147,8 +152,8 @@ class _Twin:
             return None
         if twin is None or not isinstance(live, Mapping):
             return "plan", shown(live), shown(twin)
-        name = next(name for name in twin if live.get(name) != twin[name])
-        return f"`{name}` of plan {twin['index']}", shown(live.get(name)), shown(twin[name])
+        name = next(name for name in [*twin, *live] if live.get(name) != twin.get(name))
+        return f"`{name}` of plan {twin['index']}", shown(live.get(name)), shown(twin.get(name))
 
     def _complete(self, row: Mapping[str, Any], at_s: float) -> _Parted | None:
         plan, self._plan = self._plan, None
@@ -156,7 +161,7 @@ class _Twin:
             raise self._lines.error("call", "it completes a step, and none was planned", _DAMAGED)
         stopped = self._list(row, "stopped")
         duration_s = time_of(self._lines, "duration_s", required(self._lines, row, "duration_s"))
-        result = StepResult(None, stopped, duration_s=duration_s)
+        result = StepResult(None, stopped, duration_s=duration_s, copied=self._copied(row))
         events = self._replica.complete(plan, result, at_s)
         for request_id, keys in self._new_keys(row):
             self._keys[request_id] += keys
@@ -166,6 +171,15 @@ class _Twin:
                 self._keys.pop(event.request_id, None)
                 self.ends += 1
         return None if live == twin else (f"ends of plan {plan.index}", shown(live), shown(twin))
+
+    def _copied(self, row: Mapping[str, Any]) -> list[CopyDone]:
+        """Copies that were done by the end of the step."""
+        found = []
+        for entry in self._list(row, "copied") if "copied" in row else ():
+            if not isinstance(entry, list) or len(entry) != 3 or not isinstance(entry[0], int):
+                raise self._lines.error("copied", f"{shown(entry)} is not a copy", _DAMAGED)
+            found.append(CopyDone(entry[0], time_of(self._lines, "copied", entry[1]), entry[2] is True))
+        return found
 
     def _new_keys(self, row: Mapping[str, Any]) -> Iterator[tuple[str, list[bytes]]]:
         keys = required(self._lines, row, "keys")
@@ -240,6 +254,9 @@ def _read_header(lines: Lines, text: str) -> tuple[ReplicaLimits, PolicySettings
     def size(name: str, high: int = COUNT_MAX) -> int:
         return _whole(lines, limits, name, 1, high)
 
+    def size_or_none(name: str) -> int:
+        return _whole(lines, limits, name, 0, COUNT_MAX)
+
     slots = {slot: required(lines, policies, slot) for slot in PolicySettings().names()}
     if not all(isinstance(name, str) for name in slots.values()):
         raise lines.error("policies", "a policy is not a name", _DAMAGED)
@@ -254,6 +271,8 @@ def _read_header(lines: Lines, text: str) -> tuple[ReplicaLimits, PolicySettings
         context_len_max=size("context_len_max"),
         prefix_cache=required(lines, limits, "prefix_cache") is True,
         repeat=required(lines, limits, "repeat") is True,
+        host_kv_blocks=size_or_none("host_kv_blocks"),
+        kv_group_tokens=size_or_none("kv_group_tokens"),
     )
     return sizes, PolicySettings(**slots, options=options), _read_terms(lines, header)
 

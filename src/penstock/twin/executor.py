@@ -102,9 +102,7 @@ class ModelledExecutor:
     ends with the first step that ends at or after it, as the engine sees an arrival between two steps.
     """
 
-    def __init__(
-        self, cost: CostModel, output_lens: Mapping[str, int], link: HostLink | None = None
-    ) -> None:
+    def __init__(self, cost: CostModel, output_lens: Mapping[str, int], link: HostLink | None = None) -> None:
         self._cost = cost
         self._link = link  # needed where plans have copies
         self._output_lens = output_lens

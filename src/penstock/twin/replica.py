@@ -22,6 +22,7 @@ from penstock.replica.limits import ReplicaLimits, check_feasible
 from penstock.replica.replica import Replica
 from penstock.twin.costs.model import CostModel
 from penstock.twin.executor import Gaps, ModelledExecutor
+from penstock.twin.host_link import link_of
 from penstock.twin.sampling import POINTS_MAX, Sampler
 
 OnOutcome = Callable[[RequestOutcome], None]
@@ -64,7 +65,7 @@ class TwinReplica:
         self.replica = Replica(limits, make_stack_of(settings))
         self.sampler = Sampler(points_max)
         self.output_lens: dict[str, int] = {}
-        self.executor = ModelledExecutor(cost, self.output_lens)
+        self.executor = ModelledExecutor(cost, self.output_lens, link_of(limits, settings.twin))
         self._desk = Desk(settings.desk, capacity)
         self._path = path
         self._on_outcome = on_outcome
