@@ -40,7 +40,7 @@ from penstock.replica.sequence import Sequence as Content
 from penstock.twin.costs.model import Seconds, decode_ramp
 from penstock.twin.costs.work import StepCost, StepWork
 from penstock.twin.exact import replay_journal
-from penstock.twin.replica import TwinReplica
+from penstock.twin.laned import make_twin
 from penstock.twin.vopr.strict_executor import StrictExecutor
 
 REQUESTS: Final = 10_000
@@ -255,7 +255,8 @@ class PairRun:
     def _check_end(self) -> None:
         require(not self._replica.has_work, "the replica holds somebody who ended")
         stats = self._replica.stats()
-        require(stats.kv_blocks_used == 0, f"{stats.kv_blocks_used} blocks are held by nobody")
+        held, pinned = stats.kv_blocks_used, stats.kv_blocks_pinned
+        require(held == pinned, f"{held} blocks are held, {pinned} of them by pins, and nobody is here")
         if rank_class(self._names["rank"]).reorders:
             return
         leaders = {request.leader_id for request in self._requests.values()}
@@ -330,7 +331,7 @@ def _twin_outcomes(
             tuple(outcome.itl_s),
         )
 
-    twin = TwinReplica(settings_for(names), sizes(repeat=repeat), SmallCost(), NO_PATH, ended)
+    twin = make_twin(settings_for(names), sizes(repeat=repeat), SmallCost(), NO_PATH, ended)
     twin.output_lens.update(lens)
     for request in requests:
         twin.arrive(request)

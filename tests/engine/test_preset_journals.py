@@ -173,7 +173,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Source:
     return write_tiny_llama(tmp_path_factory.mktemp("model") / "tiny")
 
 
-@pytest.fixture(scope="module", params=preset_names())
+def served_presets() -> list[str]:
+    """Those that an engine can run: lanes are the twin's alone."""
+    return [name for name in preset_names() if load_preset(name)["policies"].get("lanes", "none") == "none"]
+
+
+@pytest.fixture(scope="module", params=served_presets())
 def journal(request: pytest.FixtureRequest, tiny: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     ours, theirs = multiprocessing.Pipe()

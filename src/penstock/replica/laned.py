@@ -113,6 +113,8 @@ class LanedReplica(Replica):
         share = self._switches.share(lane, wanted, self._lanes.switch_s, now_s)
         step = LaneStep(lane, plan, share, batch, frozenset(c.seq_id for c in plan.chunks))
         self._steps[lane] = step
+        if lane is Lane.PREFILL and Lane.DECODE in self._steps:
+            self._steps[Lane.DECODE].plan.repeat = 1  # its share was for decodes alone
         return step
 
     def complete_lane(self, step: LaneStep, result: StepResult, now_s: float) -> list[ReplicaEvent]:
@@ -287,11 +289,8 @@ class _PromptsAlone(Compose):
         return self._inner.compose(self._prompts_of(view), now_s)
 
     def _prompts_of(self, view: ReplicaView) -> ReplicaView:
-        prompts = view.prefilling
-        hidden = _Narrowed(
-            view, running=prompts, running_count=len(prompts), decoding_count=0, decode_context=0
-        )
-        return cast(ReplicaView, hidden)
+        """The step has room for prompts alone; who runs, and the KV they hold, are there to be seen."""
+        return cast(ReplicaView, _Narrowed(view, decoding_count=0, decode_context=0))
 
 
 class _BetweenSteps(Preempt):

@@ -30,8 +30,8 @@ class SemiPdOptions:
     window_steps: int = setting(500, "steps of both lanes between two decisions", low=2, high=1 << 20)
     step_frac: float = setting(0.05, "change of a share, of the device", low=0.01, high=0.5)
     steps_max: int = setting(4, "changes in one window", low=1, high=100)
-    prefill_frac: float = setting(0.5, "first share of the prefill lane", low=FLOOR, high=1.0)
-    decode_frac: float = setting(0.5, "first share of the decode lane; both may be 1", low=FLOOR, high=1.0)
+    prefill_frac: float = setting(1.0, "first share of the prefill lane", low=FLOOR, high=1.0)
+    decode_frac: float = setting(1.0, "first share of the decode lane; both may be 1", low=FLOOR, high=1.0)
     switch_s: float = setting(
         2.0, "until workers with other shares are ready; the old ones serve meanwhile", low=0.0, high=600.0
     )
