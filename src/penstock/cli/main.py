@@ -11,7 +11,19 @@ import typer
 from rich.console import Console
 
 from penstock import __version__
-from penstock.cli import calibrate, compare, fidelity, model, replay, serve, settings, simulate, trace, vopr
+from penstock.cli import (
+    batch,
+    calibrate,
+    compare,
+    fidelity,
+    model,
+    replay,
+    serve,
+    settings,
+    simulate,
+    trace,
+    vopr,
+)
 from penstock.core.errors import ConfigError, EnvironmentMissing, PenstockError
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_ENVIRONMENT = 0, 1, 2, 3
@@ -35,7 +47,7 @@ def version_option(
         raise typer.Exit()
 
 
-for _command in (serve, replay, simulate, compare, calibrate, fidelity, vopr, trace, model, settings):
+for _command in (serve, replay, batch, simulate, compare, calibrate, fidelity, vopr, trace, model, settings):
     _command.register(app)
 
 

@@ -22,7 +22,7 @@ from penstock.core.errors import (
     RouteNotFound,
 )
 from penstock.gateway import schema_out as out
-from penstock.gateway.access import check_key
+from penstock.gateway.access import check_key, tenant_of
 from penstock.gateway.batches.lines import ENDPOINTS
 from penstock.gateway.batches.multipart import MultipartReader, PartBegin, PartEnd, boundary_of
 from penstock.gateway.batches.records import BatchRecord, FileRecord, Purpose, Status
@@ -51,7 +51,6 @@ UPLOAD_SCHEMA: Final = {
     },
     "required": ["purpose", "file"],
 }
-_ANYONE: Final = "default"
 
 Kept = TypeVar("Kept", FileRecord, BatchRecord)
 
@@ -215,7 +214,7 @@ class BatchApi:
                 "This server keeps no files and runs no batches.",
                 hint="Start it with `batch.folder` set to a folder.",
             )
-        return self._kept, _ANYONE
+        return self._kept, tenant_of(request, self._gateway.settings.gateway)
 
 
 class _Form:
