@@ -59,6 +59,14 @@ class TorchExecutor:
         self._live: dict[int, _Live] = {}
         self._decoding: dict[int, _Live] = {}  # those that have emitted, in order
 
+    @property
+    def store(self) -> KVStore:
+        return self._store
+
+    def use_host(self, host: HostKV | None) -> None:
+        """Another host memory, or none; nothing is under way."""
+        self._host = host
+
     def reset(self) -> None:
         """Forget every sequence, as after a failed step. Pages keep their bytes; nobody points to them."""
         if self._host is not None:
