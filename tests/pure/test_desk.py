@@ -186,3 +186,37 @@ def test_what_can_never_run_is_refused_by_name(
 def test_the_largest_request_that_fits_is_let_in() -> None:
     assert fit(40, 25) == 25
     assert fit(64, 1) == 1
+
+
+# ---- an engine that takes the whole queue -----------------------------------------------------------------
+
+SORTING = Capacity(context_len_max=100, kv_block_tokens=16, kv_blocks=100, running_max=2, takes_queue=True)
+
+
+def sorting_desk(**settings: float) -> Desk:
+    return Desk(DeskSettings(**{"engine_ahead": 0, **settings}), SORTING)  # type: ignore[arg-type]
+
+
+def test_an_engine_that_reorders_sees_everybody() -> None:
+    desk = sorting_desk(queue_requests_max=5)
+    assert desk.starts_at_once and fill(desk, 7) == [str(number) for number in range(7)]
+    assert desk.queued[0] == 5 and not desk.starts_at_once
+    desk.check_invariants()
+
+
+def test_what_stands_in_the_engine_is_bounded_as_a_line_is() -> None:
+    desk = sorting_desk(queue_requests_max=5)
+    fill(desk, 7)
+    with pytest.raises(Overloaded) as caught:
+        desk.enter([make_request("7")])
+    assert caught.value.reason is ShedReason.QUEUE_REQUESTS
+    desk = sorting_desk(queue_tokens_max=35)
+    fill(desk, 3)
+    fill(desk, 2, first=3)
+    with pytest.raises(Overloaded) as caught:
+        desk.enter([make_request("5")])
+    assert caught.value.reason is ShedReason.QUEUE_TOKENS and "30 tokens" in caught.value.message
+    desk.finish("0", 1.0)
+    desk.enter([make_request("6")])
+    with pytest.raises(RequestExceedsCapacity):
+        sorting_desk(queue_requests_max=1).enter([make_request(str(number)) for number in range(4)])

@@ -40,8 +40,11 @@ class Desk:
     ) -> None:
         self._settings = settings
         self._rank_key = rank_key
+        self._slots = capacity.running_max
+        self._takes_queue = capacity.takes_queue
         ahead = settings.queue_requests_max if capacity.takes_queue else settings.engine_ahead
         self._engine_window = capacity.running_max + ahead
+        self._inside_tokens = 0
         self._waiting: dict[str, Request] = {}
         self._inside: dict[str, Request] = {}
         # Entries of cancelled requests stay in the heap until they surface or are compacted away.
@@ -68,6 +71,28 @@ class Desk:
     @property
     def engine_window(self) -> int:
         return self._engine_window
+
+    @property
+    def starts_at_once(self) -> bool:
+        """Whether somebody who enters now would find nobody before it."""
+        return self._free_places() > 0 and not self._waiting
+
+    @property
+    def queued(self) -> tuple[int, int]:
+        """(requests, tokens) that have not started, as far as the desk can tell.
+
+        An engine that takes the whole queue says what it finished, not what it started: those beyond its
+        slots count as queued, with their part of the tokens inside.
+        """
+        count, tokens = len(self._waiting), self._waiting_tokens
+        if self._takes_queue and (behind := len(self._inside) - self._slots) > 0:
+            return count + behind, tokens + self._inside_tokens * behind // len(self._inside)
+        return count, tokens
+
+    def _free_places(self) -> int:
+        """How many may go on without queueing; below 0 where an engine holds the queue."""
+        window = self._slots if self._takes_queue else self._engine_window
+        return window - len(self._inside)
 
     def expected_wait_s(self, places: int) -> float | None:
         """How long until `places` finishes have happened; None while nothing was measured."""
@@ -107,6 +132,7 @@ class Desk:
                 continue  # cancelled while it waited
             self._waiting_tokens -= request.total_len_max
             self._inside[request_id] = request
+            self._inside_tokens += request.total_len_max
             released.append(request)
         self._compact()
         return released
@@ -125,8 +151,9 @@ class Desk:
         """The engine is done with a released request, however it ended."""
         request = self._inside.pop(request_id, None)
         assert request is not None, "only a released request can finish, and only once"
+        self._inside_tokens -= request.total_len_max
         self._leave(request)
-        self._drain.finished(now_s, saturated=bool(self._waiting))
+        self._drain.finished(now_s, saturated=bool(self._waiting) or self._free_places() < 0)
 
     def clear(self) -> list[Request]:
         """The engine is gone: everybody leaves. Returns them, those inside first."""
@@ -135,7 +162,7 @@ class Desk:
         self._waiting.clear()
         self._line.clear()
         self._tenant_counts.clear()
-        self._waiting_tokens = 0
+        self._waiting_tokens = self._inside_tokens = 0
         return gone
 
     def check_invariants(self) -> None:
@@ -143,6 +170,7 @@ class Desk:
         assert not self._waiting.keys() & self._inside.keys(), "a request is in one place"
         assert len(self._inside) <= self._engine_window, "the engine's window is a bound"
         assert self._waiting_tokens == sum(request.total_len_max for request in self._waiting.values())
+        assert self._inside_tokens == sum(request.total_len_max for request in self._inside.values())
         assert self._waiting.keys() <= {entry[2] for entry in self._line}, "everybody waiting has a place"
         assert len(self._line) <= 2 * len(self._waiting), "cancelled entries are compacted"
         everybody = [*self._waiting.values(), *self._inside.values()]
@@ -150,7 +178,8 @@ class Desk:
 
     def _check_ever(self, count: int, *, param: str) -> None:
         """Refuse what could not enter an idle desk either, so that nobody retries it for ever."""
-        places = self._engine_window + self._settings.queue_requests_max
+        ahead = 0 if self._takes_queue else self._settings.engine_ahead
+        places = self._slots + ahead + self._settings.queue_requests_max
         tenant_places = self._settings.tenant_requests_max or places
         if count > min(places, tenant_places):
             raise RequestExceedsCapacity(
@@ -168,17 +197,16 @@ class Desk:
                 retry_after_s=self._retry_after_s(count),
                 reason=ShedReason.TENANT_CONCURRENCY,
             )
-        places = len(self._waiting) + count - (self._engine_window - len(self._inside))
+        places = len(self._waiting) + count - self._free_places()
         if places <= 0:
             return  # everybody can go straight to the engine
         queue_max = self._settings.queue_requests_max
+        queued, queued_tokens = self.queued
         if places > queue_max:
-            full = f"{len(self._waiting)} requests are waiting; the limit is {queue_max}."
+            full = f"{queued} requests are waiting; the limit is {queue_max}."
             raise self._overloaded(full, ShedReason.QUEUE_REQUESTS, count)
-        if self._waiting and self._waiting_tokens + tokens > self._settings.queue_tokens_max:
-            full = (
-                f"{self._waiting_tokens} tokens are waiting; the limit is {self._settings.queue_tokens_max}."
-            )
+        if queued and queued_tokens + tokens > self._settings.queue_tokens_max:
+            full = f"{queued_tokens} tokens are waiting; the limit is {self._settings.queue_tokens_max}."
             raise self._overloaded(full, ShedReason.QUEUE_TOKENS, count)
         wait_s = self.expected_wait_s(places)
         if wait_s is not None and wait_s > self._settings.queue_wait_s_max:
@@ -198,7 +226,7 @@ class Desk:
 
         Coming back at the first free place would send every refused client into the same race.
         """
-        places = max(count, len(self._waiting) // 8)
+        places = max(count, self.queued[0] // 8)
         wait_s = self.expected_wait_s(places) or 0.0
         return min(max(wait_s, RETRY_AFTER_S_MIN), RETRY_AFTER_S_MAX)
 

@@ -27,14 +27,14 @@ from penstock.core.errors import (
 from penstock.core.events import Admitted, Finished, PhaseTimes, Preempted, TokenOut
 from penstock.core.metrics import RequestOutcome
 from penstock.core.reasons import CancelReason, FinishReason, ShedReason
-from penstock.core.request import Request
+from penstock.core.request import ProgramKey, Request
 from penstock.core.settings import GatewaySettings
 from penstock.desk import Desk
 from penstock.gateway.health import EngineState, EngineWatch
 from penstock.gateway.inflight import Call, Choice
 from penstock.gateway.metrics import GatewayMetrics, PhaseSpans
 from penstock.gateway.storms import StormWatch
-from penstock.replica.messages import ReplicaDied, ReplicaLink, StepReport
+from penstock.replica.messages import ProgramLeft, ReplicaDied, ReplicaLink, StepReport, ToolCalled
 
 logger = logging.getLogger(__name__)
 
@@ -116,8 +116,7 @@ class Switchboard:
     @property
     def has_spare_room(self) -> bool:
         """Whether a call would go straight to the engine: nobody waits at the desk."""
-        desk = self._desk
-        return not desk.waiting_count and desk.inside_count < desk.engine_window
+        return self._desk.starts_at_once
 
     def engine_state(self) -> EngineState:
         return self._watch.state(self._clock())
@@ -196,6 +195,15 @@ class Switchboard:
     def stop_string_found(self, choice: Choice) -> None:
         """The text is complete: the engine need not go on."""
         self._cancel_in_engine(choice, CancelReason.STOP_STRING)
+
+    def tool_called(self, choice: Choice, tool: str) -> None:
+        """The answer names the tool that its program calls next: the engine may plan for it."""
+        if not choice.is_settled:
+            self._link.advise(ToolCalled(choice.request.id, tool))
+
+    def unpin(self, program: ProgramKey) -> None:
+        """The program will not return: whatever KV it left pinned can go."""
+        self._link.advise(ProgramLeft(program))
 
     def begin_drain(self) -> None:
         """Refuse new calls from now on; those inside go on."""
