@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from penstock.core.events import Admitted, Finished, ReplicaEvent, TokenOut
 from penstock.core.reasons import CancelReason, FinishReason
 from penstock.core.request import Request
-from penstock.replica.messages import ReplicaDied, ReplicaInfo, ReplicaStats, StepReport
+from penstock.replica.messages import Advice, ReplicaDied, ReplicaInfo, ReplicaStats, StepReport
 
 
 @dataclass
@@ -52,6 +52,9 @@ class PacedLink:
 
     def cancel(self, request_id: str, reason: CancelReason) -> None:
         self._inbox.append(request_id)
+
+    def advise(self, advice: Advice) -> None:
+        raise NotImplementedError("nothing here pins KV")
 
     def heartbeat(self) -> int:
         return self._ticks

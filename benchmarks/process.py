@@ -39,7 +39,7 @@ from penstock.models.chat import ChatTemplate
 from penstock.models.source import ModelSource
 from penstock.models.tokenizer import Tokenizer
 from penstock.policies.stack import make_stack_of
-from penstock.replica.messages import ReplicaDied, ReplicaInfo, ReplicaLink, StepReport
+from penstock.replica.messages import Advice, ReplicaDied, ReplicaInfo, ReplicaLink, StepReport
 from penstock.replica.replica import Replica
 
 MODEL = "smollm2-135m-instruct"
@@ -84,6 +84,9 @@ class ThreadLink:
     def cancel(self, request_id: str, reason: CancelReason) -> None:
         self._commands.append((request_id, reason))
         self._wake.set()
+
+    def advise(self, advice: Advice) -> None:
+        raise NotImplementedError("nothing here pins KV")
 
     def heartbeat(self) -> int:
         return self._turns

@@ -34,6 +34,7 @@ from penstock.core.reasons import (
     CancelReason,
     FinishReason,
     MissReason,
+    PinEvent,
     PreemptReason,
     ShedReason,
     WaitReason,
@@ -270,6 +271,7 @@ def metric_families() -> list[Metric]:
             step_tokens=1,
             waiting_by_reason=dict.fromkeys((reason.value for reason in WaitReason), 1),
             prefix_miss_tokens_total=dict.fromkeys((reason.value for reason in MissReason), 1),
+            pins_total=dict.fromkeys((event.value for event in PinEvent), 1),
             preempted_tokens_total=dict.fromkeys((reason.value for reason in PreemptReason), 1),
         )
     )

@@ -15,7 +15,7 @@ from penstock.core.events import Admitted, Finished, PhaseTimes, ReplicaEvent, T
 from penstock.core.reasons import CancelReason, FinishReason
 from penstock.core.request import Request
 from penstock.core.step import TokenLogprobs
-from penstock.replica.messages import ReplicaDied, ReplicaInfo, ReplicaStats, StepReport
+from penstock.replica.messages import Advice, ReplicaDied, ReplicaInfo, ReplicaStats, StepReport
 
 ALPHABET = b"abcdefghijklmnopqrstuvwxyz "
 
@@ -74,6 +74,7 @@ class FakeLink:
         self._is_dead = False
         self._is_frozen = threading.Event()
         self.submitted: list[Request] = []
+        self.advised: list[Advice] = []
         self.cancels: list[tuple[str, CancelReason]] = []
         self.running_most = 0
         self._thread = threading.Thread(target=self._loop, name="fake-replica", daemon=True)
@@ -95,6 +96,9 @@ class FakeLink:
             self.cancels.append((request_id, reason))
             self._cancelled[request_id] = reason
             self._lock.notify()
+
+    def advise(self, advice: Advice) -> None:
+        self.advised.append(advice)
 
     def heartbeat(self) -> int:
         return self._beat

@@ -55,12 +55,14 @@ GETS = (
 )
 # Bodies that name something which must exist first; tests/http/test_batches.py sends valid ones.
 DEPENDENT = ("/v1/batches", "/v1/files", "/v1/batches/{batch_id}/cancel")
+PINS = "/v1/pins/{program_id}"
 VALID, BROKEN = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 OPERATIONS = [
     *(("POST", path, mode) for path in BODIES for mode in (VALID, BROKEN)),
     *(("POST", path, mode) for path in DEPENDENT[:2] for mode in (VALID, BROKEN)),
     ("POST", DEPENDENT[2], VALID),
     ("DELETE", "/v1/files/{file_id}", VALID),
+    ("DELETE", PINS, VALID),
     *(("GET", path, VALID) for path in GETS),
 ]
 # What holds for every answer. That a valid body is accepted does not: fields depend on each other.
@@ -105,6 +107,7 @@ def test_the_document_lists_every_endpoint_and_error(gateway: Running) -> None:
         *BODIES,
         *GETS,
         *DEPENDENT,
+        PINS,
     }
     chat = paths["/v1/chat/completions"]["post"]["responses"]
     assert set(chat) == {"200", "400", "401", "404", "408", "413", "415", "429", "500", "503", "504"}

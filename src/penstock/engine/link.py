@@ -15,7 +15,7 @@ from penstock.core.request import Request
 from penstock.core.settings import Settings
 from penstock.engine import worker
 from penstock.models.source import ModelSource
-from penstock.replica.messages import ReplicaDied, ReplicaInfo, StepReport
+from penstock.replica.messages import Advice, ReplicaDied, ReplicaInfo, StepReport
 
 ReportCallback = Callable[[StepReport | ReplicaDied], None]
 
@@ -89,6 +89,9 @@ class EngineLink:
 
     def cancel(self, request_id: str, reason: CancelReason) -> None:
         self._commands.put(worker.Cancel(request_id, reason))
+
+    def advise(self, advice: Advice) -> None:
+        self._commands.put(worker.Advise(advice))
 
     def heartbeat(self) -> int:
         return int(self._heartbeat.value)

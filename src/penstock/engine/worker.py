@@ -30,7 +30,7 @@ from penstock.engine.recording import Recording
 from penstock.engine.threads import wait_briefly
 from penstock.models.source import ModelSource
 from penstock.policies.stack import make_stack_of
-from penstock.replica.messages import ReplicaInfo, StepReport
+from penstock.replica.messages import Advice, ReplicaInfo, StepReport
 from penstock.replica.replica import Replica
 
 if TYPE_CHECKING:
@@ -49,6 +49,11 @@ class Submit:
 class Cancel:
     request_id: str
     reason: CancelReason
+
+
+@dataclass(frozen=True, slots=True)
+class Advise:
+    advice: Advice
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +76,7 @@ class StartFailed:
     error: Exception
 
 
-Command = Submit | Cancel | Close
+Command = Submit | Cancel | Advise | Close
 Message = StageDone | StartFailed | ReplicaInfo | StepReport
 
 
@@ -183,8 +188,12 @@ class _Loop:
             self._obey(command, events)
         return True
 
-    def _obey(self, command: Submit | Cancel, events: list[ReplicaEvent]) -> None:
+    def _obey(self, command: Submit | Cancel | Advise, events: list[ReplicaEvent]) -> None:
         now_s = time.monotonic()
+        if isinstance(command, Advise):
+            self._replica.advise(command.advice, now_s)
+            self._recording.advised(command.advice, now_s)
+            return
         if isinstance(command, Cancel):
             finished = self._replica.cancel(command.request_id, command.reason, now_s)
             self._recording.cancelled(command.request_id, command.reason, now_s)

@@ -19,6 +19,7 @@ from penstock.core.errors import (
     ModelNotFound,
     NoHealthyEngine,
     PenstockError,
+    UnsupportedParameter,
 )
 from penstock.core.settings import Settings
 from penstock.desk import Capacity, Desk
@@ -38,7 +39,7 @@ from penstock.gateway.state import Gateway
 from penstock.gateway.switchboard import OutcomeHook, Recorder, Switchboard
 from penstock.gateway.text import MakeDetokenizer, Template, Tokenizer
 from penstock.models.detokenize import IncrementalDetokenizer
-from penstock.policies.stack import rank_class, rank_classes
+from penstock.policies.stack import rank_class, rank_classes, retain_class
 from penstock.replica.messages import ReplicaInfo, ReplicaLink
 
 CLIENT_CLOSED_STATUS = 499  # nobody reads it; it marks the case in logs
@@ -140,6 +141,7 @@ def _served(info: ReplicaInfo, tokenizer: Tokenizer, settings: Settings) -> Serv
         eos_ids=frozenset(tokenizer.eos_ids),
         choices_max=settings.gateway.choices_max,
         is_priority_ranked=rank.reads_priority,
+        keeps_pins=retain_class(info.policies.get("retain", "lru")).pins,
         classes=frozenset(settings.slo) | rank_classes(settings.policies),
     )
 
@@ -215,6 +217,14 @@ def _add_text_routes(app: FastAPI, gateway: Gateway) -> None:
     )
     async def model_card(request: Request, model: str) -> Response:
         return plain.answer_model(request, gateway, model)
+
+    @app.delete(
+        "/v1/pins/{program_id:path}",
+        summary="Let a program's pinned KV go",
+        openapi_extra=describe(out.PinReleased, UnsupportedParameter, is_keyed=True),
+    )
+    async def unpin(request: Request, program_id: str) -> Response:
+        return plain.answer_unpin(request, gateway, program_id)
 
     @app.post(
         "/tokenize",

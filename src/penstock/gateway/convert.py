@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from penstock.core.errors import InvalidRequest, ModelNotFound, UnsupportedParameter
 from penstock.core.request import Request, SamplingParams
 from penstock.desk import Capacity, fit_output
+from penstock.gateway.program_turn import NO_PROGRAM, ProgramTurn
 from penstock.gateway.schema import ChatRequest, CompletionRequest, Generation, Message
 
 STOP_WORK_CHARS_MAX = 65_536
@@ -25,6 +26,7 @@ class Served:
     eos_ids: frozenset[int]
     choices_max: int
     is_priority_ranked: bool  # whether the replica's policy reads `priority` at all
+    keeps_pins: bool = False  # whether its policy pins KV between turns
     classes: frozenset[str] = frozenset()  # of service; what else is asked for is refused
 
 
@@ -35,6 +37,7 @@ class Caller:
     arrival_s: float
     tenant: str = "default"
     slo_class: str = "default"
+    turn: ProgramTurn = NO_PROGRAM
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -218,6 +221,10 @@ class _Maker:
             slo_class=self.caller.slo_class,
             priority=body.priority or 0,
             session_id=body.session_id,
+            program_id=self.caller.turn.program_id,
+            is_last_turn=self.caller.turn.is_last,
+            tool=self.caller.turn.tool,
+            pin_s=self.caller.turn.pin_s,
             cache_salt=body.cache_salt or "",
             leader_id=leader_id,
         )

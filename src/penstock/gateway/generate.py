@@ -31,8 +31,9 @@ from penstock.gateway.convert import (
 )
 from penstock.gateway.errors import from_validation
 from penstock.gateway.inflight import Call
+from penstock.gateway.program_turn import turn_of
 from penstock.gateway.render import Head, Renderer
-from penstock.gateway.schema import ChatRequest, CompletionRequest, Prompt, Wire
+from penstock.gateway.schema import ChatRequest, CompletionRequest, Generation, Prompt, Wire
 from penstock.gateway.state import Gateway
 from penstock.gateway.text import MESSAGE_BYTES
 
@@ -83,7 +84,8 @@ async def answer_chat(request: Request, gateway: Gateway) -> Answer:
     """One chat completion. Raises what the request deserves; the answer itself opens the call."""
     with gateway.budget.hold() as hold:
         received = await read_request(request, gateway, ChatRequest, hold)
-        body, caller = received.body, _caller(request, gateway, received.arrival_s)
+        body = received.body
+        caller = _caller(request, gateway, received.arrival_s, body)
         check_generation(body, gateway.served)
         check_stops(body, body.n or 1)
         gateway.switchboard.check_door(body.n or 1, caller.tenant)
@@ -98,7 +100,8 @@ async def answer_completion(request: Request, gateway: Gateway) -> Answer:
     """Legacy completions of one or many prompts."""
     with gateway.budget.hold() as hold:
         received = await read_request(request, gateway, CompletionRequest, hold)
-        body, caller = received.body, _caller(request, gateway, received.arrival_s)
+        body = received.body
+        caller = _caller(request, gateway, received.arrival_s, body)
         check_generation(body, gateway.served)
         choice_count = len(body.prompt) * (body.n or 1)
         check_stops(body, choice_count)
@@ -170,9 +173,10 @@ def _prompt_text(gateway: Gateway, prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else gateway.tokenizer.decode(prompt)
 
 
-def _caller(request: Request, gateway: Gateway, arrival_s: float) -> Caller:
+def _caller(request: Request, gateway: Gateway, arrival_s: float, body: Generation) -> Caller:
     return Caller(
         arrival_s,
+        turn=turn_of(request.headers, body, gateway.served.keeps_pins),
         tenant=tenant_of(request, gateway.settings.gateway),
         slo_class=slo_class_of(request, gateway.served.classes),
     )
@@ -191,7 +195,13 @@ def _answer(
 ) -> Answer:
     switchboard = gateway.switchboard
     logger.debug("request %s is %s", request.scope["state"]["request_id"], plan.id)
-    call = Call(plan, gateway.served.eos_ids, gateway.make_detokenizer, switchboard.stop_string_found)
+    call = Call(
+        plan,
+        gateway.served.eos_ids,
+        gateway.make_detokenizer,
+        switchboard.stop_string_found,
+        switchboard.tool_called if gateway.served.keeps_pins else None,
+    )
     headers: dict[str, Any] = {"x-penstock-ignored": ", ".join(ignored)} if ignored else {}
     return Answer(
         call,

@@ -18,6 +18,7 @@ from penstock.core.request import Request
 from penstock.core.step import TokenLogprobs
 from penstock.gateway.convert import CallPlan
 from penstock.gateway.text import Detokenizer, MakeDetokenizer
+from penstock.gateway.tool_watch import ToolWatch
 
 
 @dataclass(slots=True)
@@ -85,6 +86,8 @@ class Choice:
         self._detokenizer = detokenizer
         self._echo_text = echo_text
         self._unsent_scored: list[ScoredToken] = []
+        wants_tool = request.program is not None and request.tool is None and not request.is_last_turn
+        self._tools = ToolWatch() if call.on_tool is not None and wants_tool else None
 
     def drain(self) -> Delta:
         """Decode what is pending. Changes the choice; the delta may be empty."""
@@ -96,6 +99,9 @@ class Choice:
             else:
                 self._drain_finish(event, delta)
         self.pending.clear()
+        if self._tools is not None and delta.text and self._tools.feed(delta.text):
+            assert self.call.on_tool is not None and self._tools.tool is not None
+            self.call.on_tool(self, self._tools.tool)
         if delta.text or self.is_done:  # scores travel with the text they belong to
             delta.scored, self._unsent_scored = self._unsent_scored, []
         return delta
@@ -148,8 +154,11 @@ class Call:
         eos_ids: frozenset[int],
         make_detokenizer: MakeDetokenizer,
         on_stop_string: Callable[[Choice], None],
+        on_tool: Callable[[Choice, str], None] | None = None,
     ) -> None:
+        """`on_tool` hears of the tools that the answers call, where the client has not told."""
         self.plan = plan
+        self.on_tool = on_tool
         self.eos_ids = eos_ids
         self.on_stop_string = on_stop_string
         self.error: PenstockError | None = None

@@ -328,9 +328,11 @@ class _Exposition(Collector):
         yield self._gauge("waiting_tokens", "Tokens that wait.", stats.waiting_tokens + view.desk_tokens)
         yield self._gauge(
             "kv_cache_usage_perc",
-            "Share of KV blocks held by live sequences, 0 to 1.",
+            "Share of KV blocks held by live sequences and pins, 0 to 1.",
             stats.kv_blocks_used / blocks if blocks else 0.0,
         )
+        yield self._gauge("kv_blocks_pinned", "Blocks that pins hold between turns.", stats.kv_blocks_pinned)
+        yield self._gauge("pins", "Programs whose KV is pinned.", stats.pins)
         yield self._gauge("kv_blocks_cached", "Unused blocks that may still be hit.", stats.kv_blocks_cached)
         yield self._gauge("calls_open", "HTTP calls in flight.", view.calls_open)
         yield self._gauge("engine_healthy", "1 when the engine is alive and moving.", int(view.is_healthy))
@@ -351,6 +353,7 @@ class _Exposition(Collector):
         for name, help, label, values in (
             ("preempted_tokens_lost", "Tokens computed again.", "cause", stats.preempted_tokens_total),
             ("prefix_miss_tokens", "Prompt tokens not found.", "reason", stats.prefix_miss_tokens_total),
+            ("pin_events", "Pins of programs' KV, by what happened.", "event", stats.pins_total),
             ("request_log_rows", "Ends of requests, by what became of them in the log.", "result", recorded),
         ):
             counter = CounterMetricFamily(OURS + name, help, labels=[label, *self._labels])

@@ -45,6 +45,7 @@ ANSWER_MODELS: tuple[type[BaseModel], ...] = (
     out.Readiness,
     out.VersionBody,
     out.Load,
+    out.PinReleased,
     out.FileObject,
     out.FileList,
     out.FileDeleted,

@@ -10,11 +10,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from penstock import __version__
-from penstock.core.errors import InvalidRequest
-from penstock.gateway.access import check_key
+from penstock.core.errors import InvalidRequest, UnsupportedParameter
+from penstock.gateway.access import check_key, tenant_of
 from penstock.gateway.convert import chat_messages, check_model, check_token_ids
 from penstock.gateway.generate import chat_bytes, encode_chat, read_request
-from penstock.gateway.schema import DetokenizeRequest, TokenizeRequest
+from penstock.gateway.schema import NAME_CHARS_MAX, DetokenizeRequest, TokenizeRequest
 from penstock.gateway.state import Gateway
 from penstock.gateway.text import INLINE_BYTES_MAX
 
@@ -46,6 +46,21 @@ def _model_card(gateway: Gateway) -> dict[str, Any]:
         "parent": None,
         "max_model_len": gateway.info.context_len_max,
     }
+
+
+def answer_unpin(request: Request, gateway: Gateway, program_id: str) -> Response:
+    """The engine hears of it before the next step; a program without a pin is no error."""
+    check_key(request, gateway.settings.gateway)
+    if not gateway.served.keeps_pins:
+        raise UnsupportedParameter(
+            "This server pins no KV between turns.",
+            hint="Start it with a `retain` policy that does, such as the preset `continuum`.",
+            param="program_id",
+        )
+    if not 1 <= len(program_id) <= NAME_CHARS_MAX:
+        raise InvalidRequest(f"`program_id` must have 1 to {NAME_CHARS_MAX} characters.", param="program_id")
+    gateway.switchboard.unpin((tenant_of(request, gateway.settings.gateway), program_id))
+    return json_response({"id": program_id, "object": "pin", "released": True})
 
 
 async def answer_tokenize(request: Request, gateway: Gateway) -> Response:

@@ -22,6 +22,8 @@ STOP_IDS_MAX = 128
 LOGIT_BIAS_MAX = 300
 TOP_LOGPROBS_MAX = 20
 NAME_CHARS_MAX = 256
+TOOL_CHARS_MAX = 128
+PIN_S_MAX = 86_400
 INT32_MAX = (1 << 31) - 1
 INT64_MAX = (1 << 63) - 1
 
@@ -181,6 +183,16 @@ class Generation(Wire):
         None, description="Prefixes are shared only between requests of equal salt."
     )
     session_id: Annotated[str, Field(min_length=1, max_length=NAME_CHARS_MAX)] | None = None
+    program_id: Annotated[str, Field(min_length=1, max_length=NAME_CHARS_MAX)] | None = Field(
+        None, description="The agent's run that this call is a turn of; absent: its session, if any."
+    )
+    is_last_step: bool | None = Field(None, description="No turn of the program follows.")
+    tool: Annotated[str, Field(min_length=1, max_length=TOOL_CHARS_MAX)] | None = Field(
+        None, description="What the program calls after this answer; absent: read from the answer."
+    )
+    pin_s: Annotated[float, Field(ge=0, le=PIN_S_MAX)] | None = Field(
+        None, description="Keep the KV of this turn so many seconds; only under a policy that pins."
+    )
 
 
 class TextPart(Wire):

@@ -194,6 +194,14 @@ class Load(Out):
     kv_usage_frac: float
 
 
+class PinReleased(Out):
+    """The engine has been told; there may have been no pin."""
+
+    id: str
+    object: Literal["pin"]
+    released: bool
+
+
 class FileObject(Out):
     """A file; `bytes` of content, instants as Unix time."""
 

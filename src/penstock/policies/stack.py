@@ -111,6 +111,11 @@ def rank_classes(policies: PolicySettings) -> frozenset[str]:
     return rank_class(policies.rank).classes(policies.options.get(policies.rank, {}))
 
 
+def retain_class(name: str) -> type[Retain]:
+    """What the gateway asks of a retain policy without making one. Raises ConfigError."""
+    return RETAIN.entry(name).make
+
+
 def terms_of(settings: Settings) -> ServiceTerms:
     """What the settings promise to classes and tenants."""
     return ServiceTerms(
