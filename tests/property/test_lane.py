@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from penstock.core.events import Finished, TokenOut
 from penstock.core.request import Request
 from penstock.policies.compose import Composition
-from penstock.policies.compose.sarathi import Sarathi
+from penstock.policies.compose.sarathi import Sarathi, SarathiOptions
+from penstock.policies.context import Context
 from penstock.policies.view import ReplicaView
 
 
@@ -19,6 +20,7 @@ class PausingSarathi(Sarathi):
     """Leaves some decodes out, never all of them unless a prompt advances."""
 
     def __init__(self, seed: int) -> None:
+        super().__init__(Context(), SarathiOptions())
         self._random = random.Random(seed)
 
     def compose(self, view: ReplicaView, now_s: float) -> Composition:
