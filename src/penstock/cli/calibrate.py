@@ -53,6 +53,7 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="The profile to write.")] = Path("calibrated.toml"),
     as_json: Annotated[bool, typer.Option("--json", help="Print the fit's errors as JSON.")] = False,
 ) -> None:
+    from penstock.twin.costs.knee import knee_tokens
     from penstock.twin.costs.tables import fit_steps
 
     if served and from_steps is not None:
@@ -67,11 +68,14 @@ def calibrate(
     fitted = fit_steps(samples, name=name, source=source, is_lived=served or from_steps is not None)
     fitted.save(out)
     errors = fitted.profile.errors
+    knee = knee_tokens(fitted, fitted.profile.range.rows)
     if as_json:
-        print(json.dumps({kind: {"median": e.median, "p90": e.p90} for kind, e in errors.items()}))
+        told = {kind: {"median": error.median, "p90": error.p90} for kind, error in errors.items()}
+        print(json.dumps({**told, "knee_tokens": knee}))
         return
     for kind, error in errors.items():
         print(f"{kind:<8} error: median {error.median:.1%}, p90 {error.p90:.1%}")
+    print(f"knee: {knee} tokens a step reach 90% of the best throughput")
     print(f"profile: {out}")
 
 

@@ -13,6 +13,7 @@ from penstock.policies.stack import lanes_split, make_stack, terms_of
 from penstock.replica.laned import LanedReplica
 from penstock.replica.limits import ReplicaLimits
 from penstock.twin.costs.model import CostModel
+from penstock.twin.costs.nano import overlapped
 from penstock.twin.costs.phase_sweep import sweep
 from penstock.twin.laned_executor import LanedExecutor
 from penstock.twin.replica import OnOutcome, PathCosts, TwinReplica
@@ -30,6 +31,7 @@ def make_twin(
     points_max: int = POINTS_MAX,
 ) -> TwinReplica:
     """The twin of a replica on these settings, with lanes where its stack has them. Raises ConfigError."""
+    cost = overlapped(cost, settings.twin.overlap)
     if not lanes_split(settings.policies):
         return TwinReplica(settings, limits, cost, path, on_outcome, points_max)
     if limits.host_kv_blocks:
@@ -37,6 +39,13 @@ def make_twin(
             f"`lanes = {settings.policies.lanes}` does not go with KV in host memory: no lane waits for it.",
             hint="Leave out `replica.host_kv_memory`, or choose `lanes = none`.",
             param="policies.lanes",
+        )
+    if settings.twin.overlap != "none":
+        raise ConfigError(
+            f"`twin.overlap = {settings.twin.overlap}` does not go with `lanes = {settings.policies.lanes}`: "
+            "both share one device out.",
+            hint="Leave one of them at `none`.",
+            param="twin.overlap",
         )
     return LanedTwin(settings, limits, cost, path, on_outcome, points_max)
 

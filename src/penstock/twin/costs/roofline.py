@@ -63,6 +63,11 @@ class RooflineCostModel:
         self._set_attention_terms()
 
     @property
+    def made_of(self) -> tuple[ModelSpec, HardwareProfile, EngineProfile, Parallel]:
+        """What it was made of."""
+        return self._spec, self._hardware, self._engine, self._parallel
+
+    @property
     def relative_error(self) -> float:
         """Medians of the worst operator and of the engine's overheads, as independent errors."""
         hardware = self._hardware
