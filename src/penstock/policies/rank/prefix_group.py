@@ -25,7 +25,8 @@ class PrefixGroup(Rank):
     Order: requests of any other class by arrival; then the batch class by group, in the order in which
     the groups' first members came (the order of `desk/job_plan.py`), and by arrival within a group. A batch
     request without a group is a group of one. Nobody of the batch class is served while others fill the
-    replica. Source and paper order the groups by R = output / prefill; here the plan does, before submission.
+    replica. The paper's order of groups, by expected output over prefill, is made once, by the plan, before
+    anything is submitted.
 
     Reads `group_id`, `slo_class` and `arrival_index`. O(1) a sequence; keys never change.
     """
