@@ -1,0 +1,102 @@
+"""Requests as JITServe judges them, and the choices among them."""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
+from typing import Final
+
+from penstock.policies.view import SequenceView
+
+NEVER: Final = float("inf")
+
+
+class Tier(IntEnum):
+    """Of the order, first to last."""
+
+    DUE = 0  # served now, or late
+    CHOSEN = 1
+    KEPT = 2  # can be in time, and has slack
+    OTHERS = 3  # left out, so that the others can be in time
+    LATE = 4  # has missed a target for good
+
+
+class Job:
+    """A request as it was judged. Times are seconds of work, or instants on the request's clock."""
+
+    __slots__ = (
+        "by_s", "cost_s", "end_s", "left_s", "length", "priority", "prompt_s", "reward", "sequence",
+        "slack_s", "tier", "tokens_left", "work_s",
+    )  # fmt: skip
+
+    def __init__(self, sequence: SequenceView, left_s: float) -> None:
+        self.sequence = sequence
+        self.left_s = left_s  # most of the work that is left
+        self.work_s = left_s  # the work that is likely left
+        self.prompt_s = 0.0  # of that, its prompt in steps that nobody shares
+        self.cost_s = left_s  # of the device: of the steps' room, and of a place
+        self.end_s = NEVER  # when its longest output is due
+        self.slack_s = NEVER  # what it can wait and still be in time
+        self.by_s = NEVER  # when it must be served at last
+        self.tokens_left = 0  # likely
+        self.length = 0  # prompt and longest output, tokens
+        self.reward = 0.0
+        self.priority = 0.0
+        self.tier = Tier.OTHERS
+
+    def by_priority(self) -> tuple[float, float, int]:
+        """The best first."""
+        return (-self.priority, self.left_s, self.sequence.arrival_index)
+
+
+def merge_programs(jobs: Iterable[Job]) -> list[list[Job]]:
+    """The calls of each program that is here. From now on they share one priority."""
+    programs: defaultdict[tuple[str, str], list[Job]] = defaultdict(list)
+    for job in jobs:
+        request = job.sequence.request
+        if request.program_id is not None:
+            programs[request.tenant, request.program_id].append(job)
+    for calls in programs.values():
+        priority = sum(job.reward for job in calls) / max(job.left_s for job in calls)
+        for job in calls:
+            job.priority = priority
+    return list(programs.values())
+
+
+def drop(jobs: Sequence[Job], due_s: Sequence[float], works_s: Sequence[float]) -> None:
+    """Of those kept, leave out who earns least for its cost until the others can be in time, one by one.
+
+    `works_s`: what each takes of the one resource in question; `due_s`: in how many seconds it must be done.
+    Moore and Hodgson's rule with rewards: in order of what is due, and where that cannot be done, the
+    cheapest so far goes. Who decodes stays. O(n log n).
+    """
+    heap: list[tuple[float, int]] = []
+    total_s = 0.0
+    kept = [place for place, job in enumerate(jobs) if job.tier is Tier.KEPT and works_s[place] > 0.0]
+    for place in sorted(kept, key=lambda place: (due_s[place], jobs[place].sequence.arrival_index)):
+        job = jobs[place]
+        total_s += works_s[place]
+        if not job.sequence.is_decoding:
+            heapq.heappush(heap, (job.reward / job.cost_s, place))
+        while heap and total_s > due_s[place]:
+            dropped = heapq.heappop(heap)[1]
+            total_s -= works_s[dropped]
+            jobs[dropped].tier = Tier.OTHERS
+
+
+def best_window(jobs: Sequence[Job], size: int) -> Sequence[Job]:
+    """Of `jobs` by length, the `size` neighbours with the largest sum of priorities. O(n log n)."""
+    if size <= 0:
+        return ()
+    if len(jobs) <= size:
+        return jobs
+    by_length = sorted(jobs, key=lambda job: (job.length, job.sequence.arrival_index))
+    total = best = sum(job.priority for job in by_length[:size])
+    begin = 0
+    for end in range(size, len(by_length)):
+        total += by_length[end].priority - by_length[end - size].priority
+        if total > best:
+            best, begin = total, end - size + 1
+    return by_length[begin : begin + size]
