@@ -8,6 +8,7 @@ import numpy as np
 
 from benchmarks.effects.baselines import ShortestPrompt, baseline
 from benchmarks.effects.effect import Claim, Effect, Measured
+from benchmarks.effects.live import serve_live
 from benchmarks.effects.serving import Load, Served, limits, serve, settings_of
 from penstock.core.request import Request
 from penstock.workloads.charts import Chart, Series
@@ -83,6 +84,24 @@ def loses() -> Measured:
     )
 
 
+def live() -> Measured:
+    """SmolLM2-135M: 200 prompts of 96 tokens within five seconds, and soon after the first, four of 2000."""
+    shorts = [Request(f"s{index}", 96, 4, 0.025 * index) for index in range(200)]
+    longs = [Request(f"l{index}", 2000, 4, 0.3 + 0.1 * index) for index in range(4)]
+    load = Load(sorted([*shorts, *longs], key=lambda request: request.arrival_s))
+    sizes = limits(40_000, running_max=16)
+    with baseline("rank", ShortestPrompt) as shortest:
+        other = serve_live(load, settings_of(rank=shortest, file=OPEN_DOOR), sizes)
+    ours = serve_live(load, settings_of(rank="fcfs", file=OPEN_DOOR), sizes)
+    names = [request.id for request in longs]
+    long_other, long = (float(each.values("ttft_s", names).max()) for each in (other, ours))
+    mean_other, mean = (float(each.values("ttft_s").mean()) for each in (other, ours))
+    return Measured(
+        f"the long ones wait {long_other:.1f} → {long:.1f} s; mean wait {mean_other:.1f} → {mean:.1f} s",
+        (Claim("longest wait of a long one, shortest-first / fcfs", long_other / long, low=1.5),),
+    )
+
+
 EFFECTS = (
     Effect(
         "rank",
@@ -90,5 +109,6 @@ EFFECTS = (
         "the shortest possible longest wait, at the price of the mean (textbook)",
         wins,
         loses,
+        live,
     ),
 )

@@ -24,7 +24,9 @@ def keys_of(name: str, tokens: int) -> list[bytes]:
     return [f"{name}/{index}".encode() for index in range(tokens // BLOCK_TOKENS)]
 
 
-def conversations(count: int, gap_s: float, think_s: float, turn_tokens: int, turns: int) -> Load:
+def conversations(
+    count: int, gap_s: float, think_s: float, system_tokens: int, turn_tokens: int, turns: int
+) -> Load:
     """Each turn's prompt is one of four system prompts, the conversation so far and `turn_tokens` more."""
     draw = random.Random("lru")
     coming: list[tuple[float, int, int]] = []
@@ -36,8 +38,9 @@ def conversations(count: int, gap_s: float, think_s: float, turn_tokens: int, tu
     requests = []
     while coming:
         at_s, index, turn = heapq.heappop(coming)
-        tokens = SYSTEM_TOKENS + turn_tokens * (turn + 1)
-        keys = keys_of(f"s{index % SYSTEMS}", SYSTEM_TOKENS) + keys_of(f"c{index}", tokens - SYSTEM_TOKENS)
+        own_tokens = turn_tokens * (turn + 1)
+        tokens = system_tokens + own_tokens
+        keys = keys_of(f"s{index % SYSTEMS}", system_tokens) + keys_of(f"c{index}", own_tokens)
         requests.append(Request(f"c{index}-{turn}", tokens, OUTPUT_TOKENS, at_s, block_keys=keys))
         if turn + 1 < turns:
             heapq.heappush(coming, (at_s + draw.expovariate(1 / think_s), index, turn + 1))
@@ -58,7 +61,7 @@ def wins() -> Measured:
 
     Compared with dropping the oldest content first, however often it was read since.
     """
-    load = conversations(CONVERSATIONS, START_GAP_S, THINK_S, TURN_TOKENS, TURNS)
+    load = conversations(CONVERSATIONS, START_GAP_S, THINK_S, SYSTEM_TOKENS, TURN_TOKENS, TURNS)
     found: dict[str, list[float]] = {"lru": [], "oldest content first": []}
     ttft_ms: dict[str, float] = {}
     for kv_tokens in KV_TOKENS:
@@ -117,9 +120,9 @@ def _scan(documents: int, tokens: int, rounds: int) -> Load:
 
 
 def live() -> Measured:
-    """24 conversations of 5 turns on SmolLM2-135M, 128 tokens more a turn, in a pool of 6,144 tokens."""
-    load = conversations(24, 0.5, 2.0, 128, 5)
-    sizes = limits(6144, step_tokens_max=512, context_len_max=8192)
+    """SmolLM2-135M: 24 conversations of 5 turns, 256 shared tokens and 128 more a turn, in a pool of 3072."""
+    load = conversations(24, 0.7, 2.0, 256, 128, 5)
+    sizes = limits(3072, step_tokens_max=512)
     found, ttft_ms = {}, {}
     with baseline("retain", Fifo) as fifo:
         for name, retain in (("oldest first", fifo), ("lru", "lru")):

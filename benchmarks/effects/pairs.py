@@ -291,6 +291,7 @@ def check_leaps(names: Names, load: PairLoad) -> None:
     require(leaping.keys() == plain.keys() == lens.keys(), "leaps: a request is lost")
     for name, facts in leaping.items():
         require(facts == plain[name], f"leaps: {name} is {facts}, and without leaps {plain[name]}")
+        require(facts[3] == lens[name], f"twin: {name} ended after {facts[3]} of {lens[name]} tokens")
 
 
 def _open_loop(load: PairLoad) -> list[tuple[Request, float]]:
