@@ -14,6 +14,7 @@ from penstock.core.events import Admitted, Finished, Preempted, ReplicaEvent, To
 from penstock.core.reasons import CancelReason, FinishReason
 from penstock.core.request import Request
 from penstock.desk import Desk
+from penstock.policies.stack import rank_class
 from penstock.replica.replica import Replica
 from penstock.twin.vopr.content import expected_output, folds
 from penstock.twin.vopr.failure import CheckFailed, require
@@ -140,7 +141,8 @@ class Checkers:
         # A call that finds the line empty enters whole.
         tokens_max = max(system.queue_tokens_max, self._call_tokens_max)
         require(desk.waiting_tokens <= tokens_max, "desk-bounds", f"{desk.waiting_tokens} tokens wait")
-        window = system.running_max + system.engine_ahead
+        takes_queue = rank_class(system.rank).reorders
+        window = system.running_max + (system.queue_requests_max if takes_queue else system.engine_ahead)
         require(desk.inside_count <= window, "desk-bounds", f"{desk.inside_count} are in the engine")
         if system.tenant_requests_max:
             tenants: defaultdict[str, int] = defaultdict(int)
