@@ -52,7 +52,17 @@ systems = st.fixed_dictionaries(
         "running_max": st.integers(1, 5),
         "step_tokens_max": st.integers(1, 24),
         "prefix_cache": st.booleans(),
-        "compose": st.sampled_from(["sarathi", "prefill-first"]),
+        "compose": st.sampled_from(
+            [
+                "sarathi",
+                "prefill-first",
+                "splitfuse",
+                "dense-fixed",
+                "selective-batching",
+                "ms-budget",
+            ]
+        ),
+        "preempt": st.sampled_from(["youngest-recompute", "flush-newest"]),
     }
 )
 

@@ -21,7 +21,8 @@ FEATURES: Final = 5 + len(ROW_BENDS)
 BUCKET_SAMPLES: Final = 12
 READY_SAMPLES: Final = 16  # of these so many with prompts:
 READY_PREFILLS: Final = 4
-REFIT_SAMPLES: Final = 8
+REFIT_SAMPLES: Final = 16
+NEW_SAMPLES: Final = 2  # a size of step that was seen no oftener is new, and a miss there counts at once
 ROBUST_ROUNDS: Final = 3
 TRUSTED_ERROR: Final = 0.15  # relative; what misses by more counts less, in proportion
 
@@ -33,8 +34,8 @@ class StepTimes(Observer):
 
     No coefficient is negative. Fitted by least squares of the relative error, robustly: a hiccup of the
     machine counts little. Samples are kept by size of step, a few of each (a ring), so that a long stretch of
-    equal steps does not push out what was learned of others. O(1) memory; a fit of some 200 samples every 8,
-    and after every miss.
+    equal steps does not push out what was learned of others. O(1) memory; a fit of some 200 samples, under a
+    millisecond, every 16, and after a miss at a size of step that is new.
 
     A sample is a step with prompts, or a stretch of decode steps in a row, by its mean. Its time is that
     between the ends of steps, which is what a client sees as a gap: what the host does in between is part of
@@ -108,10 +109,11 @@ class StepTimes(Observer):
         self._samples_seen += 1
         if self._samples_seen < READY_SAMPLES or self._prefills_seen < READY_PREFILLS:
             return
-        surprise = self._coefficients is None or (
-            abs(self.seconds(rows, samples, context, pairs) / seconds - 1.0) > TRUSTED_ERROR
+        is_new = self._coefficients is None or (
+            len(bucket) <= NEW_SAMPLES
+            and abs(self.seconds(rows, samples, context, pairs) / seconds - 1.0) > TRUSTED_ERROR
         )
-        if surprise or self._samples_seen % REFIT_SAMPLES == 0:
+        if is_new or self._samples_seen % REFIT_SAMPLES == 0:
             table = np.array([row for bucket in self._buckets.values() for row in bucket])
             self._coefficients = tuple(float(value) for value in fit(table[:, :-1], table[:, -1]))
 
