@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -383,3 +384,41 @@ def test_two_servers_do_not_share_a_folder(serve: Serve, tmp_path: Path) -> None
     serve(batch_settings(tmp_path))
     with pytest.raises(Exception, match="Another server uses the folder"):
         serve(batch_settings(tmp_path))
+
+
+def test_a_slow_upload_is_given_up(serve: Serve, tmp_path: Path) -> None:
+    settings = batch_settings(tmp_path)
+    running = serve(replace(settings, gateway=replace(settings.gateway, body_timeout_s=0.2)))
+    with socket.create_connection(("127.0.0.1", running.port), timeout=20) as connection:
+        head = "POST /v1/files HTTP/1.1\r\nhost: x\r\ncontent-length: 5000\r\n"
+        connection.sendall(f"{head}content-type: multipart/form-data; boundary=b\r\n\r\n--b\r\n".encode())
+        assert b"408" in connection.recv(4096).split(b"\r\n")[0]
+    wait_until(lambda: not list((tmp_path / "files").iterdir()), "what had arrived is removed")
+
+
+def test_the_class_that_goes_behind_is_the_rank_policys(serve: Serve, tmp_path: Path) -> None:
+    settings = batch_settings(tmp_path)
+    options = {"prefix-group": {"batch_class": "bulk"}}
+    running = serve(replace(settings, policies=replace(settings.policies, options=options)))
+    run_batch(running.openai(), [line("a")])
+    assert [request.slo_class for request in running.link.submitted] == ["bulk"]
+
+
+def test_a_dead_engine_fails_no_line(serve: Serve, tmp_path: Path) -> None:
+    """The batch waits for a server that can run it; what had been answered is kept."""
+    link = FakeLink(step_s=0.003)
+    first = serve(batch_settings(tmp_path, in_flight_max=2), link)
+    client = first.openai()
+    names = [f"r{index}" for index in range(60)]
+    made = client.batches.create(
+        input_file_id=upload(client, jsonl([line(name) for name in names])),
+        endpoint=TEXT,
+        completion_window="24h",
+    )
+    wait_until(lambda: client.batches.retrieve(made.id).request_counts.completed >= 3, "some are done")
+    link.die()
+    wait_until(lambda: first.http().get("/health").status_code == 503, "the server has noticed")
+    assert client.batches.retrieve(made.id).status == "in_progress"
+    first.stop()
+    ended = wait_end(serve(batch_settings(tmp_path)).openai(), made.id)
+    assert (ended.status, ended.request_counts.completed, ended.request_counts.failed) == ("completed", 60, 0)

@@ -23,6 +23,7 @@ from penstock.core.errors import (
     ServiceError,
 )
 from penstock.core.reasons import CancelReason
+from penstock.core.settings import PolicySettings
 from penstock.desk.job_plan import JobGroup, JobPlan, JobPlanner
 from penstock.gateway.batches.lines import CHAT_ENDPOINT, JobFile, JobLine, LineResult
 from penstock.gateway.compat import refuse_unknown, unknown_fields
@@ -39,11 +40,13 @@ from penstock.gateway.inflight import Call
 from penstock.gateway.render import JSON, Renderer, Whole
 from penstock.gateway.schema import ChatRequest, CompletionRequest
 from penstock.gateway.state import Gateway
+from penstock.policies.rank.prefix_group import BATCH_CLASS
 
-BATCH_CLASS: Final = "batch"  # the class of service that `rank/prefix-group` puts behind all others
 BATCH_PRIORITY: Final = 1_000_000  # lower goes first, so this is behind everybody
 ROOM_POLL_S: Final = 0.02
 RETRY_S_MAX: Final = 5.0
+PAUSE_S_MAX: Final = 0.2
+INLINE_BYTES_MAX: Final = 4096  # longer lines are read again beside the event loop
 PREPARE_AT_ONCE: Final = 64  # lines a thread takes before it lets others run
 
 
@@ -79,6 +82,7 @@ class Job:
         self._in_flight_max = in_flight_max
         self._is_background = is_background
         self._on_result = on_result
+        self._slo_class = batch_class_of(gateway.settings.policies)
         self._ready: list[_Ready] = []
         self.plan = JobPlan((), (), 1)
 
@@ -86,7 +90,12 @@ class Job:
         """Validate and tokenise every line, then plan. Lines that cannot run have their result at once."""
         for first in range(0, len(self._lines), PREPARE_AT_ONCE):
             lines = self._lines[first : first + PREPARE_AT_ONCE]
-            for found in await asyncio.to_thread(self._prepare_some, lines):
+            began_s = self._gateway.clock()
+            prepared = await asyncio.to_thread(self._prepare_some, lines)
+            if self._is_background and self._gateway.switchboard.calls_open:
+                # A thread that tokenises competes with the event loop: half of the time is others'.
+                await asyncio.sleep(min(PAUSE_S_MAX, self._gateway.clock() - began_s))
+            for found in prepared:
                 if isinstance(found, LineResult):
                     self._on_result(found)
                 else:
@@ -168,7 +177,7 @@ class Job:
     def _plan(
         self, body: ChatRequest | CompletionRequest, prompts: list[list[int]], arrival_s: float
     ) -> tuple[CallPlan, Renderer]:
-        caller = Caller(arrival_s, tenant=self._tenant, slo_class=BATCH_CLASS)
+        caller = Caller(arrival_s, tenant=self._tenant, slo_class=self._slo_class)
         if isinstance(body, ChatRequest):
             return chat_call(self._gateway, body, prompts[0], caller)
         return completion_call(self._gateway, body, prompts, caller)
@@ -176,7 +185,10 @@ class Job:
     async def _open(self, ready: _Ready, group: JobGroup, group_name: str) -> tuple[Call, Renderer]:
         """Let the line's call in, when there is room for it."""
         gateway, switchboard = self._gateway, self._gateway.switchboard
-        body = self._body(ready.line)
+        if ready.line.length <= INLINE_BYTES_MAX:
+            body = self._body(ready.line)
+        else:
+            body = await asyncio.to_thread(self._body, ready.line)
         while True:
             while self._is_background and not (switchboard.has_spare_room or switchboard.is_draining):
                 await asyncio.sleep(ROOM_POLL_S)
@@ -225,6 +237,11 @@ class Job:
         if call.gone is not None:
             raise Draining("The server shut down before the request was done.")
         return renderer.whole(answers, call.usage)
+
+
+def batch_class_of(policies: PolicySettings) -> str:
+    """The class of service that `rank/prefix-group` puts behind all others."""
+    return str(policies.options.get("prefix-group", {}).get("batch_class", BATCH_CLASS))
 
 
 async def _wait_for_one(flying: set[asyncio.Task[None]]) -> set[asyncio.Task[None]]:

@@ -35,6 +35,7 @@ from penstock.gateway.openapi import BODY_ERRORS, describe
 from penstock.gateway.state import Gateway
 
 UPLOADS_MAX: Final = 4  # at once
+UPLOAD_BYTES_PER_S_MIN: Final = 64 << 10
 FIELD_BYTES_MAX: Final = 4096  # of a form's field that is no file
 FORM_BYTES_EXTRA: Final = 64 << 10  # boundaries, headers and fields around the file
 FILENAME_CHARS_MAX: Final = 255
@@ -103,21 +104,23 @@ class BatchApi:
     async def _receive(
         self, request: Request, reader: MultipartReader, part: Path, store: BatchStore
     ) -> _Form:
-        """The form, its file at `part`. Each piece must come within `gateway.body_timeout_s`."""
-        timeout_s = self._gateway.settings.gateway.body_timeout_s
+        """The form, its file at `part`. It may take `gateway.body_timeout_s`, and longer if it is large."""
+        deadline_s = self._gateway.clock() + self._gateway.settings.gateway.body_timeout_s
         with part.open("wb") as sink:
             form, more = _Form(sink, store), True
             while more:
                 try:
-                    async with asyncio.timeout(timeout_s):
+                    async with asyncio.timeout(max(0.0, deadline_s - self._gateway.clock())):
                         message = await request.receive()
                 except TimeoutError:
                     raise RequestTimeout(
-                        f"Nothing of the file arrived for {timeout_s:g} s.", hint="Send it again."
+                        "The file arrived too slowly.", hint="Send it again, over a better line."
                     ) from None
                 if message["type"] == "http.disconnect":
                     raise ClientDisconnect
-                for event in reader.feed(message.get("body", b"")):
+                data = message.get("body", b"")
+                deadline_s += len(data) / UPLOAD_BYTES_PER_S_MIN
+                for event in reader.feed(data):
                     form.take(event)
                 more = message.get("more_body", False)
             reader.close()

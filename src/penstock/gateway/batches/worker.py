@@ -10,6 +10,7 @@ A batch that a restart interrupted goes on where it was: lines that have a resul
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -80,10 +81,14 @@ class BatchWorker:
             except (Draining, NoHealthyEngine) as error:
                 logger.warning("batch %s waits: %s", batch.id, error.message)
                 await asyncio.sleep(INTERRUPTED_RETRY_S)
+            except OSError as error:  # the disk is full, or the folder is gone: it may be mended
+                logger.error("batch %s waits: %s", batch.id, error)
+                await asyncio.sleep(INTERRUPTED_RETRY_S)
             except Exception:  # a bug of ours must not stop the other batches
                 logger.exception("batch %s failed", batch.id)
                 batch.problems = [Problem("internal_error", "The server failed to run this batch.")]
-                self._enter(batch, Status.FAILED)
+                with contextlib.suppress(OSError):
+                    self._enter(batch, Status.FAILED)
 
     async def _run(self, batch: BatchRecord) -> None:
         """To its end, whichever it is."""
@@ -123,7 +128,7 @@ class BatchWorker:
 
     async def _run_lines(self, batch: BatchRecord, file: JobFile) -> None:
         with ExitStack() as stack:
-            results = _Results(self._store, batch, stack)
+            results = await asyncio.to_thread(_Results, self._store, batch, stack)
             left = results.left(file.lines)
             job = Job(
                 self._gateway,
@@ -142,7 +147,7 @@ class BatchWorker:
         """Say of every line without a result why it has none; what is there is kept."""
         file = await self._read(batch)
         with ExitStack() as stack:
-            results = _Results(self._store, batch, stack)
+            results = await asyncio.to_thread(_Results, self._store, batch, stack)
             for line in results.left(file.lines):
                 request_id = f"{batch.id}-{line.number}"
                 results.take(LineResult(line, request_id, ended=_ENDED_EARLY[status]))

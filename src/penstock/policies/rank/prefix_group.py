@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Final
 
 from penstock.core.settings import setting
 from penstock.policies.context import Context
@@ -10,12 +12,14 @@ from penstock.policies.estimate.groups import Groups
 from penstock.policies.rank import RANK, Rank, RankKey
 from penstock.policies.view import SequenceView
 
+BATCH_CLASS: Final = "batch"
+
 
 @dataclass(frozen=True, slots=True)
 class PrefixGroupOptions:
     """`[policies.options.prefix-group]`."""
 
-    batch_class: str = setting("batch", "the class of service that goes behind all others")
+    batch_class: str = setting(BATCH_CLASS, "the class of service that goes behind all others")
 
 
 @RANK.register("prefix-group", source="BatchLLM (MLSys 2026, arXiv 2412.03594): group execution")
@@ -36,6 +40,10 @@ class PrefixGroup(Rank):
     def __init__(self, context: Context, options: PrefixGroupOptions) -> None:
         self._batch_class = options.batch_class
         self._groups = context.shared(Groups)
+
+    @classmethod
+    def classes(cls, options: Mapping[str, Any]) -> frozenset[str]:
+        return frozenset({str(options.get("batch_class", BATCH_CLASS))})
 
     def key(self, sequence: SequenceView, now_s: float) -> RankKey:
         if sequence.request.slo_class != self._batch_class:
