@@ -208,10 +208,11 @@ class Checkers:
         require(here == len(self._in_engine), "stats", f"the engine has {here}, not {len(self._in_engine)}")
 
     def idle(self, replica: Replica) -> None:
-        """An engine without work holds no KV but what it keeps for later."""
+        """An engine without work holds no KV but what it keeps for later, perhaps pinned."""
         require(not self._in_engine, "liveness", f"the engine idles and has {list(self._in_engine)}")
         stats = replica.stats()
-        require(stats.kv_blocks_used == 0, "kv-leak", f"{stats.kv_blocks_used} blocks are held by nobody")
+        held = stats.kv_blocks_used - stats.kv_blocks_pinned
+        require(held == 0, "kv-leak", f"{held} blocks are held by nobody")
         is_clean = self._system.prefix_cache or stats.kv_blocks_cached == 0
         require(is_clean, "kv-leak", f"{stats.kv_blocks_cached} blocks are kept and the cache is off")
 
