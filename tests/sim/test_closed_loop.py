@@ -156,3 +156,15 @@ def test_resampling_holds_the_last_value() -> None:
 
     found = resampled([1.0, 2.0], [5.0, None], np.array([0.5, 1.0, 1.9, 2.5]))
     assert found.tolist() == [0.0, 5.0, 5.0, 0.0]
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_requests_may_ask_for_more_than_they_use(closed: bool) -> None:
+    """Asked for 50 tokens each, they end where the recorded ones did, and nothing is late for it."""
+    load = [TraceRow(0.1 * i, 20, 5 + i, session_id=f"s{i % 3}") for i in range(9)]
+    exact, _ = run(load, Clients(closed_loop=closed))
+    asking, _ = run(load, Clients(closed_loop=closed, asked_tokens=50))
+    assert exact.keys() == asking.keys() and len(exact) == 9
+    for name, outcome in asking.items():
+        assert outcome.finish is FinishReason.STOP and outcome.output_tokens == exact[name].output_tokens
+        assert outcome.finish_s == exact[name].finish_s

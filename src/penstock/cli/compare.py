@@ -14,6 +14,7 @@ import typer
 from penstock.cli.machine import (
     LOAD,
     OUTPUT,
+    AskedOption,
     CapOption,
     ClosedLoopOption,
     E2eOption,
@@ -110,6 +111,7 @@ def compare(
     warmup_s: WarmupOption = 0.0,
     closed_loop: ClosedLoopOption = False,
     concurrency_max: CapOption = None,
+    asked_tokens: AskedOption = None,
     length_divisor: DivisorOption = 1.0,
     max_prompt_tokens: PromptMaxOption = None,
     max_output_tokens: OutputMaxOption = None,
@@ -171,6 +173,7 @@ def compare(
         replicas=replicas,
         closed_loop=closed_loop,
         concurrency_max=concurrency_max,
+        asked_tokens=asked_tokens,
         warmup_s=warmup_s,
     )
     configuration = {
@@ -186,6 +189,7 @@ def compare(
         "warmup_s": warmup_s,
         "loop": "closed" if closed_loop else "open",
         "concurrency_max": concurrency_max,
+        "asked_tokens": asked_tokens,
     }
     comparison = _compared(bench, contenders, chosen_rates, machine, facts, configuration)
     _show(comparison, out, as_json)

@@ -47,6 +47,16 @@ CapOption = Annotated[
         "--concurrency-max", min=1, max=65536, help="Most requests in flight.", rich_help_panel=LOAD
     ),
 ]
+AskedOption = Annotated[
+    int | None,
+    typer.Option(
+        "--asked-tokens",
+        min=1,
+        help="`max_tokens` of every request, which ends by itself after its recorded output; else policies "
+        "know each output's length.",
+        rich_help_panel=LOAD,
+    ),
+]
 WarmupOption = Annotated[
     float, typer.Option("--warmup-s", min=0, help="Leave the first seconds out.", rich_help_panel=LOAD)
 ]

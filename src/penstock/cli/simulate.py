@@ -11,6 +11,7 @@ import typer
 
 from penstock.cli.machine import (
     OUTPUT,
+    AskedOption,
     CapOption,
     ClosedLoopOption,
     E2eOption,
@@ -95,6 +96,7 @@ def simulate(
     warmup_s: WarmupOption = 0.0,
     closed_loop: ClosedLoopOption = False,
     concurrency_max: CapOption = None,
+    asked_tokens: AskedOption = None,
     length_divisor: DivisorOption = 1.0,
     max_prompt_tokens: PromptMaxOption = None,
     max_output_tokens: OutputMaxOption = None,
@@ -151,7 +153,7 @@ def simulate(
         print(f"infeasible: {sentence}", file=sys.stderr)
     counts = ShapeCounts()
     outcomes: list[RequestOutcome] = []
-    clients = Clients(closed_loop, rate_scale, concurrency_max)
+    clients = Clients(closed_loop, rate_scale, concurrency_max, asked_tokens)
     fleet = run_twin(
         shaped(rows, shape, counts),
         settings,
@@ -205,6 +207,7 @@ def _configuration(
         "length_divisor": shape.length_divisor,
         "loop": "closed" if clients.closed_loop else "open",
         "concurrency_max": clients.concurrency_max,
+        "asked_tokens": clients.asked_tokens,
         **{f"policies.{slot}": name for slot, name in settings.policies.names().items()},
         "kv_blocks": limits.kv_blocks,
         "running_max": limits.running_max,

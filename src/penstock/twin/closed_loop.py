@@ -86,7 +86,7 @@ class ClosedLoop:
         index = self._sent % len(self._fleet)
         self._sent += 1
         self._in_flight[request_id_of(turn.number)] = turn
-        self._fleet[index].arrive(self._maker.make(turn.number, turn.row, now_s))
+        self._fleet[index].arrive(self._maker.make(turn.number, turn.row, now_s), turn.row.output_tokens)
         self._file(index)
 
     def _file(self, index: int) -> None:

@@ -83,8 +83,11 @@ class TwinReplica:
             return self.executor.now_s
         return max(self.executor.now_s, self._inbox[0][0]) if self._inbox else _NEVER
 
-    def arrive(self, request: Request) -> None:
-        """A request at its own arrival time; arrivals come in order. Refusals are outcomes as well."""
+    def arrive(self, request: Request, output_tokens: int | None = None) -> None:
+        """A request at its own arrival time; arrivals come in order. Refusals are outcomes as well.
+
+        Its output ends by itself after `output_tokens`; None, or as many as it asks for: it does not.
+        """
         self.advance(request.arrival_s)
         try:
             check_feasible(request, self.replica.limits)
@@ -93,6 +96,8 @@ class TwinReplica:
             self._on_outcome(_refused(request, error))
             return
         self._inside[request.id] = request
+        if output_tokens is not None and output_tokens < request.max_output_tokens:
+            self.output_lens[request.id] = output_tokens
         self._release(request.arrival_s)
 
     def advance(self, until_s: float) -> None:

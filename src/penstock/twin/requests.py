@@ -10,18 +10,23 @@ from penstock.workloads.trace import TraceRow
 
 
 class RequestMaker:
-    """Makes requests in the order they are sent; remembers which content each session has seen."""
+    """Makes requests in the order they are sent; remembers which content each session has seen.
 
-    def __init__(self, block_tokens: int) -> None:
+    A request asks for its recorded output, which then nobody needs to guess; or, as most clients do, for
+    `asked_tokens` (more where more was recorded), and ends by itself where the recorded one did.
+    """
+
+    def __init__(self, block_tokens: int, asked_tokens: int | None = None) -> None:
         self._block_tokens = block_tokens
+        self._asked_tokens = asked_tokens or 0
         self._streams = SessionStreams()
 
     def make(self, number: int, row: TraceRow, arrival_s: float) -> Request:
-        """Outputs have the recorded length. `number` counts the requests of the run."""
+        """Call once a row; `number` counts the requests of the run."""
         return Request(
             id=request_id_of(number),
             prompt_len=row.prompt_tokens,
-            max_output_tokens=row.output_tokens,
+            max_output_tokens=max(row.output_tokens, self._asked_tokens),
             arrival_s=arrival_s,
             block_keys=self._block_keys(number, row),
             tenant=row.tenant,

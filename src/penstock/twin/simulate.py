@@ -7,11 +7,10 @@ what is sent next (sessions, or a cap on requests in flight), `closed_loop` serv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from penstock.core.metrics import RequestOutcome
-from penstock.core.request import Request
 from penstock.core.settings import Settings
 from penstock.replica.limits import ReplicaLimits
 from penstock.twin.closed_loop import ClosedLoop
@@ -32,6 +31,7 @@ class Clients:
     closed_loop: bool = False  # a session's next turn waits for its answer and for think time
     rate_scale: float = 1.0  # what the rows' arrivals were divided by already, for think times
     concurrency_max: int | None = None  # most requests in flight; None: no cap
+    asked_tokens: int | None = None  # `max_tokens` of every request; None: just what was recorded
 
     @property
     def is_open(self) -> bool:
@@ -58,23 +58,19 @@ def simulate(
     points = points_each(replicas)
     if not clients.is_open:
         turns = SessionLoop(rows, clients.rate_scale) if clients.closed_loop else RecordedOrder(rows)
-        loop = ClosedLoop(turns, RequestMaker(limits.kv_block_tokens), clients.concurrency_max, on_outcome)
+        maker = RequestMaker(limits.kv_block_tokens, clients.asked_tokens)
+        loop = ClosedLoop(turns, maker, clients.concurrency_max, on_outcome)
         fleet = [make_twin(settings, limits, cost, path, loop.ended, points) for _ in range(replicas)]
         loop.serve(fleet)
         return fleet
     fleet = [make_twin(settings, limits, cost, path, on_outcome, points) for _ in range(replicas)]
-    for index, request in enumerate(requests_of(rows, limits.kv_block_tokens)):
-        fleet[index % replicas].arrive(request)
+    maker = RequestMaker(limits.kv_block_tokens, clients.asked_tokens)
+    sent = (row for row in rows if not row.failed)
+    for number, row in enumerate(sent):
+        fleet[number % replicas].arrive(maker.make(number, row, row.arrival_s), row.output_tokens)
     for replica in fleet:
         replica.finish()
     return fleet
-
-
-def requests_of(rows: Iterable[TraceRow], block_tokens: int) -> Iterator[Request]:
-    """What an open-loop replay of the rows would send."""
-    maker = RequestMaker(block_tokens)
-    for number, row in enumerate(row for row in rows if not row.failed):
-        yield maker.make(number, row, row.arrival_s)
 
 
 def series_of(fleet: list[TwinReplica]) -> ServerSeries:

@@ -53,6 +53,7 @@ class Bench:
     replicas: int = 1
     closed_loop: bool = False
     concurrency_max: int | None = None
+    asked_tokens: int | None = None
     warmup_s: float = 0.0
 
 
@@ -173,7 +174,9 @@ def run_once(bench: Bench, contender: Contender, rate: float) -> tuple[Run, dict
         contender.cost,
         outcomes.append,
         replicas=bench.replicas,
-        clients=Clients(bench.closed_loop, bench.rate_scale * rate, bench.concurrency_max),
+        clients=Clients(
+            bench.closed_loop, bench.rate_scale * rate, bench.concurrency_max, bench.asked_tokens
+        ),
     )
     measured = [outcome for outcome in outcomes if outcome.arrival_s >= bench.warmup_s]
     server = series_of(fleet)
