@@ -218,7 +218,7 @@ def _alone_s(prompt_tokens: int) -> tuple[float, float]:
 
 
 def static_loses() -> Measured:
-    """A share is kept also while the other lane idles: a lone prompt of 8000 tokens has half of the device."""
+    """A share is kept while the other lane idles too: a lone prompt of 8000 tokens has half of the device."""
     before, after = _alone_s(8000)
     return Measured(
         f"TTFT of a lone prompt {before:.2f} → {after:.2f} s",

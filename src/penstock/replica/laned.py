@@ -147,10 +147,14 @@ class LanedReplica(Replica):
             return None
         if self._waiting:
             self._admit_waiting(now_s)
-        if not self._prefilling:
-            return None
-        chunks = self._chunks(self._stack.compose.compose(self, now_s), now_s)
-        return self._make_plan(chunks, 0, frozenset()) if chunks else None
+        while self._prefilling:
+            preempted_before = self._stats.preemptions_total
+            chunks = self._chunks(self._stack.compose.compose(self, now_s), now_s)
+            if chunks:
+                return self._make_plan(chunks, 0, frozenset())
+            if self._stats.preemptions_total == preempted_before:
+                break  # else whom the step was for has yielded, and the others may have it
+        return None
 
     def _plan_decodes(self, now_s: float) -> StepPlan | None:
         self._decode_lacks_room = False
