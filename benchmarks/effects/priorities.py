@@ -118,6 +118,30 @@ def priority_preempt_loses() -> Measured:
     )
 
 
+def priority_preempt_live() -> Measured:
+    """The real CPU engine, 4 slots, taken by a low class; a short high-class request every 1.5 s."""
+    from benchmarks.effects.live import serve_live
+
+    low = [Request(f"l{index}", 64, 160, 0.05 * index, priority=1) for index in range(12)]
+    high = [Request(f"h{index}", 32, 8, 1.0 + 1.5 * index, priority=0) for index in range(8)]
+    load = Load(sorted(low + high, key=lambda request: request.arrival_s))
+    sizes = limits(8192, running_max=4, step_tokens_max=128)
+    served = {
+        preempt: serve_live(load, settings_of(rank="priority", preempt=preempt), sizes)
+        for preempt in (YOUNGEST, "priority")
+    }
+    worst_s = [float(each.values("ttft_s", [r.id for r in high]).max()) for each in served.values()]
+    assert served[YOUNGEST].tokens == served["priority"].tokens, "who yields says the same"
+    return Measured(
+        f"longest TTFT of the high class at a full slot cap {worst_s[0]:.2f} → {worst_s[1]:.2f} s, "
+        f"{served['priority'].preemptions} times somebody was displaced, and every output the same",
+        (
+            Claim("longest TTFT of the high class, after / before", worst_s[1] / worst_s[0], high=0.5),
+            Claim("somebody was displaced", served["priority"].preemptions, low=3),
+        ),
+    )
+
+
 # ---- deadlines ------------------------------------------------------------------------------------------
 
 TTFT_MS: Final = {"chat": 500.0, "batch": 20_000.0, "urgent": 300.0, "relaxed": 8_000.0}
@@ -272,6 +296,7 @@ EFFECTS = (
         "a higher class never waits for a slot that a lower one holds (asked of vLLM in #6077 and #41951)",
         priority_preempt_wins,
         priority_preempt_loses,
+        live=priority_preempt_live,
         settings={"rank": "priority"},
     ),
     Effect(
