@@ -267,3 +267,27 @@ def test_a_decode_plan_stands_until_a_certain_finish() -> None:
     replica.submit(request("a", 5, 9), 0.0)
     run(replica, executor)
     assert [plan.repeat for plan in executor.plans] == [1, 8, 7, 6, 5, 4, 3, 2, 1]
+
+
+def test_where_a_step_was_for_one_that_yields_the_others_have_it() -> None:
+    """A cut prompt goes on first, finds no block, and ranks last: who came later and ranks before goes on."""
+    replica = make_replica(
+        kv_blocks=6,
+        step_tokens_max=8,
+        prefix_cache=False,
+        rank="shortest-prompt-aged",
+        admit="aggressive",
+        compose="dense-fixed",
+    )
+    executor = FakeExecutor(4)
+    replica.submit(Request("long", 17, 2, 0.0, prompt_tokens=[1] * 17), 0.0)
+    for _ in range(2):
+        plan = replica.plan(0.0)
+        assert plan is not None
+        replica.complete(plan, executor.execute(plan), 0.0)
+    replica.submit(Request("short", 9, 2, 0.0, prompt_tokens=[2] * 9), 0.0)
+    plan = replica.plan(0.0)
+    assert plan is not None
+    assert [start.request_id for start in plan.starts] == ["short"]
+    assert [chunk.count for chunk in plan.chunks] == [8]
+    assert replica.stats().preemptions_total == 1

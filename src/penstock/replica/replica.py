@@ -21,6 +21,7 @@ from penstock.replica.limits import check_feasible
 from penstock.replica.messages import Advice, ProgramLeft
 from penstock.replica.results import Results
 from penstock.replica.sequence import Sequence
+from penstock.replica.swapping import Swapping
 
 
 class Replica(Results):
@@ -105,18 +106,22 @@ class Replica(Results):
         if self._waiting and self._stats.preemptions_total == preempted_before:
             self._admit_waiting(now_s)
         if not self._running and self._swapping is not None and self._swapping.is_busy:
-            self._swapping.wait_for_any()
-            self._standing_steps = 0
-            return self._make_plan([], 0, frozenset())
+            return self._wait_for_copies(self._swapping)
         if not self._running:
             assert not self._waiting, "a policy admits the head of the queue when nothing runs"
             self._events.clear()
             return None
         composition = self._stack.compose.compose(self, now_s)
         chunks = self._chunks(composition, now_s)
+        while composition.shares and not chunks and self._prefilling and not self._lane.members:
+            # Whom the step was for has yielded: the others may have it
+            composition = self._stack.compose.compose(self, now_s)
+            chunks = self._chunks(composition, now_s)
         paused = self._paused(composition, bool(chunks))
         decodes = composition.decode or not chunks  # where every chunk had to yield, the decodes go on
         decode_count = len(self._lane.members) - len(paused) if decodes else 0
+        if not chunks and not decode_count and self._swapping is not None and self._swapping.is_busy:
+            return self._wait_for_copies(self._swapping)
         assert chunks or decode_count, "a step computes something while something runs"
         plan = self._make_plan(chunks, decode_count, paused)
         # Where somebody had to yield, the next plan may admit again.
@@ -125,6 +130,12 @@ class Replica(Results):
             plan.until_s = self._pins.due_s
         self._standing_steps = plan.repeat - 1
         return plan
+
+    def _wait_for_copies(self, swapping: Swapping) -> StepPlan:
+        """A plan that computes nothing: who runs, if anybody, has no blocks but those of who is loaded."""
+        swapping.wait_for_any()
+        self._standing_steps = 0
+        return self._make_plan([], 0, frozenset())
 
     def _plan_again(self, now_s: float) -> StepPlan:
         """One more step of the standing decode plan: only full blocks need something."""
@@ -216,11 +227,21 @@ class Replica(Results):
         admission = self._stack.admit.decide(candidate, self, now_s)
         if admission.reason is not None:
             return Refusal(candidate, admission.reason), 0
-        fresh = max(0, ceil_div(admission.reserve_len, self.block_tokens) - len(cached_blocks))
+        reserve_len, restored_len = self._with_restored(admission.reserve_len, restored_len, candidate)
+        fresh = max(0, ceil_div(reserve_len, self.block_tokens) - len(cached_blocks))
         if swapping is not None and swapping.is_busy and fresh + revived > self._pool.available:
             return Refusal(candidate, WaitReason.KV_COPY), 0  # room is on its way
-        self._start(sequence, cached_blocks, admission.reserve_len, now_s, restored_len)
+        self._start(sequence, cached_blocks, reserve_len, now_s, restored_len)
         return None, sequence.total_len - max(cached_len, restored_len)
+
+    def _with_restored(self, reserve_len: int, restored_len: int, candidate: Candidate) -> tuple[int, int]:
+        """Blocks for all that the host has, where they are to be had; else as much as the policy grants."""
+        if restored_len <= reserve_len:
+            return reserve_len, restored_len
+        needed = ceil_div(restored_len, self.block_tokens) - candidate.blocks_cached
+        if needed + candidate.blocks_revived <= self.blocks_available:
+            return restored_len, restored_len
+        return reserve_len, reserve_len
 
     def _make_room(self, refusal: Refusal, now_s: float) -> bool:
         """Whether somebody has yielded to the head of the queue."""
