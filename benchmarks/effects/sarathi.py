@@ -41,7 +41,7 @@ def wins() -> Measured:
             for index, (name, served) in enumerate({"sarathi": after, "prefill-first": before}.items())
         ],
         lambda x: f"{x:.0%}",
-        lambda y: f"{y:.0f} ms",
+        lambda y: f"{y:.0f}",
         y_is_log=True,
     )
     return Measured(
