@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 from penstock.cli import model as model_command
 from penstock.core.errors import EnvironmentMissing, ModelFileDamaged, ModelNotAvailable, ModelUnsupported
 from penstock.models import catalogue, hub, source, wheel
-from penstock.models.catalogue import CATALOGUE, resolve
+from penstock.models.catalogue import CATALOGUE, resolve, resolve_config
 from penstock.models.source import ModelSource
 from penstock.models.summary import weights_bytes_by_type
 
@@ -531,3 +531,14 @@ def test_safetensors_are_weighed_by_type(tmp_path: Path) -> None:
     (tmp_path / "model-3.safetensors").write_bytes((2**60).to_bytes(8, "little") + b"{}")
     with pytest.raises(ModelFileDamaged, match=r"model-3\.safetensors"):
         weights_bytes_by_type(source)
+
+
+def test_a_shape_needs_no_weights(tmp_path: Path) -> None:
+    """What the twin asks for: a folder with `config.json` alone, which `serve` refuses."""
+    source = Path(__file__).parents[2] / "benchmarks" / "models" / "llama-3-8b"
+    config = resolve_config(str(source))
+    assert (config.layers, config.kv_heads, config.vocab) == (32, 8, 128_256)
+    with pytest.raises(ModelNotAvailable, match="holds no weights"):
+        resolve(str(source))
+    with pytest.raises(ModelNotAvailable):
+        resolve_config(str(tmp_path))

@@ -127,8 +127,7 @@ def compare(
     ] = False,
 ) -> None:
     from penstock.core.metrics import Slo
-    from penstock.models.catalogue import resolve
-    from penstock.models.config import load_config
+    from penstock.models.catalogue import resolve_config
     from penstock.twin.build import limits_of, machine_of
     from penstock.twin.compare.run import Bench
     from penstock.twin.compare.stacks import parse_stacks
@@ -146,7 +145,7 @@ def compare(
     }
     base = read_settings(config, flags).settings
     chosen = [(spec.name, _settings_of(spec, config, flags)) for spec in specs]
-    model_config = load_config(resolve(base.model))
+    model_config = resolve_config(base.model)
     machine = machine_of(hardware, engine, model_config, Parallel(tensor=tensor_parallel))
     load = _Load(
         open_trace(trace, ReadOptions(format, sort, spread_s)),

@@ -112,8 +112,7 @@ def simulate(
     ] = False,
 ) -> None:
     from penstock.core.metrics import Slo
-    from penstock.models.catalogue import resolve
-    from penstock.models.config import load_config
+    from penstock.models.catalogue import resolve_config
     from penstock.twin.build import limits_of, machine_of
     from penstock.twin.costs.spec import Parallel
     from penstock.twin.feasible import infeasible_targets, look_at
@@ -132,7 +131,7 @@ def simulate(
             "replica.step_tokens": step_tokens,
         },
     ).settings
-    model_config = load_config(resolve(settings.model))
+    model_config = resolve_config(settings.model)
     machine = machine_of(hardware, engine, model_config, Parallel(tensor=tensor_parallel))
     limits = limits_of(settings, model_config, machine)
     rows = open_trace(trace, ReadOptions(format, sort, spread_s))

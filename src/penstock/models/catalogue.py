@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from penstock.core.errors import ModelNotAvailable
+from penstock.models.config import ModelConfig, folder_config, load_config
 from penstock.models.hub import HUB_PREFIX, hub_source
 from penstock.models.source import ModelSource, local_source
 from penstock.models.wheel import ProgressReport, WheelFile, fetch_from_wheel, has_digest, quiet
@@ -83,6 +84,17 @@ def resolve(
     if path is None:
         raise _unknown(name)
     return local_source(path)
+
+
+def resolve_config(name: str) -> ModelConfig:
+    """What the twin needs of a model: its shape. A local folder may hold `config.json` and no weights.
+
+    Raises as `resolve`, and as `load_config`.
+    """
+    path = _existing_path(name) if name not in CATALOGUE else None
+    if path is not None and path.is_dir() and (path / "config.json").is_file():
+        return folder_config(path)
+    return load_config(resolve(name))
 
 
 def cache_folder(cache_dir: Path | None = None) -> Path:
