@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from penstock.core.errors import (
@@ -220,3 +222,28 @@ def test_what_stands_in_the_engine_is_bounded_as_a_line_is() -> None:
     desk.enter([make_request("6")])
     with pytest.raises(RequestExceedsCapacity):
         sorting_desk(queue_requests_max=1).enter([make_request(str(number)) for number in range(4)])
+
+
+def test_work_that_can_wait_leaves_room_for_who_cannot() -> None:
+    desk = Desk(DeskSettings(tenant_requests_max=10), replace(CAPACITY, running_max=16))
+    entered = 0
+    while desk.has_spare_room("bulk"):
+        desk.enter([make_request(str(entered), tenant="bulk")])
+        desk.release()
+        entered += 1
+    assert entered == 5  # half of the tenant's places
+    while desk.has_spare_room(f"bulk{entered}"):
+        desk.enter([make_request(str(entered), tenant=f"bulk{entered}")])
+        desk.release()
+        entered += 1
+    assert entered == 14  # an eighth of the slots stays free
+    for number in range(entered, entered + 11):
+        desk.enter([make_request(str(number), tenant=f"t{number}")])
+    desk.release()
+    assert desk.waiting_count and not desk.has_spare_room("late")
+
+
+def test_somebody_always_finds_spare_room_in_an_idle_desk() -> None:
+    for slots in (1, 2, 7):
+        desk = Desk(DeskSettings(tenant_requests_max=1), replace(CAPACITY, running_max=slots))
+        assert desk.has_spare_room("bulk")

@@ -23,6 +23,7 @@ from penstock.desk.feasibility import Capacity
 
 RankKey = Callable[[Request], tuple[float, ...]]
 
+SPARE_DIVISOR = 8
 RETRY_AFTER_S_MIN = 1.0
 RETRY_AFTER_S_MAX = 60.0
 
@@ -103,6 +104,15 @@ class Desk:
         """Raise what `enter` would for `count` requests of no tokens: a cheap look before tokenising."""
         self._check_ever(count, param="n")
         self._check_now(count, 0, tenant)
+
+    def has_spare_room(self, tenant: str) -> bool:
+        """Whether work that can wait may enter now. It leaves an eighth of the engine's slots free, and half
+        of the places that the tenant may have at once, to those who come later and cannot wait.
+        """
+        tenant_max = self._settings.tenant_requests_max
+        if tenant_max and self._tenant_counts[tenant] >= max(1, tenant_max // 2):
+            return False
+        return not self._waiting and len(self._inside) < self._slots - self._slots // SPARE_DIVISOR
 
     def enter(self, requests: Sequence[Request]) -> None:
         """Queue the choices of one call, all or none.

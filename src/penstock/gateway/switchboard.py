@@ -113,10 +113,9 @@ class Switchboard:
         """Requests not settled yet, waiting or running."""
         return len(self._choices)
 
-    @property
-    def has_spare_room(self) -> bool:
-        """Whether a call would go straight to the engine: nobody waits at the desk."""
-        return self._desk.starts_at_once
+    def has_spare_room(self, tenant: str) -> bool:
+        """Whether work that can wait may be sent now: as the desk says."""
+        return self._desk.has_spare_room(tenant)
 
     def engine_state(self) -> EngineState:
         return self._watch.state(self._clock())

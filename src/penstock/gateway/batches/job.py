@@ -190,7 +190,7 @@ class Job:
         else:
             body = await asyncio.to_thread(self._body, ready.line)
         while True:
-            while self._is_background and not (switchboard.has_spare_room or switchboard.is_draining):
+            while self._is_background and not self._may_open():
                 await asyncio.sleep(ROOM_POLL_S)
             plan, renderer = self._plan(body, [list(each) for each in ready.prompts], gateway.clock())
             self._give_hints(plan, group, group_name)
@@ -202,6 +202,10 @@ class Job:
                 raise
             except (ServiceError, LimitError) as error:
                 await asyncio.sleep(min(error.retry_after_s or RETRY_S_MAX, RETRY_S_MAX))
+
+    def _may_open(self) -> bool:
+        switchboard = self._gateway.switchboard
+        return switchboard.is_draining or switchboard.has_spare_room(self._tenant)
 
     def _give_hints(self, plan: CallPlan, group: JobGroup, group_name: str) -> None:
         has_group = group.shared_len > 0 and len(plan.requests) == plan.choices_per_prompt
