@@ -39,6 +39,7 @@ from penstock.core.reasons import (
     ShedReason,
     WaitReason,
 )
+from penstock.core.request import Request
 from penstock.core.settings import Settings
 from penstock.core.step_trace import StepRecord
 from penstock.gateway.app import create_app
@@ -277,6 +278,8 @@ def metric_families() -> list[Metric]:
     )
     for shed in ShedReason:
         metrics.shed(shed)
+    for cause in PreemptReason:
+        metrics.storm(cause.value)
     for cancel in CancelReason:
         metrics.cancelled(cancel)
     for finish in FinishReason:
@@ -284,6 +287,7 @@ def metric_families() -> list[Metric]:
         metrics.finished(outcome, PhaseSpans())
     for error in _wire_errors():
         metrics.refused(error.status, error.code)
+    metrics.tenants.entered([Request("r", 1, 1, 0.0)])
     return list(text_string_to_metric_families(metrics.render().decode()))
 
 

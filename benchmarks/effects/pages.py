@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.effects.effect import Claim, Effect, Measured
+from penstock.core.config import default_of
 from penstock.policies.registry import Entry
 from penstock.policies.stack import REGISTRIES, load_preset, preset_names
 from penstock.workloads.charts import standalone
@@ -163,7 +164,7 @@ def page_of(results: Sequence[Results]) -> str:
 
 def options_of(entry: Entry[Any]) -> list[str]:
     rows = [
-        f"| `{item.name}` | `{json.dumps(item.default)}` | {item.metadata['help']} |"
+        f"| `{item.name}` | `{json.dumps(default_of(item))}` | {item.metadata['help']} |"
         for item in fields(entry.options)
     ]
     if not rows:

@@ -100,6 +100,16 @@ def priority_preempt_wins() -> Measured:
             Claim("P99 TTFT of the high class, after / before", p99_s[1] / p99_s[0], high=0.25),
             Claim("somebody was displaced", after.preemptions, low=10),
         ),
+        (
+            _quantile_chart(
+                "First token of the high class at a full slot cap",
+                "seconds from arrival, by share of requests; both queues go by priority",
+                {
+                    YOUNGEST: before.values("ttft_s", HIGH),
+                    "priority": after.values("ttft_s", HIGH),
+                },
+            ),
+        ),
     )
 
 
