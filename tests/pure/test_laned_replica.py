@@ -18,6 +18,7 @@ from penstock.replica.limits import ReplicaLimits
 from penstock.twin.costs.phase_sweep import points, sweep
 from penstock.twin.costs.roofline import RooflineCostModel
 from penstock.twin.costs.shares import OnShare, SharedDevice
+from penstock.twin.costs.tables import fit_steps
 from penstock.twin.costs.work import StepWork
 from penstock.twin.laned import make_twin
 from penstock.twin.replica import PathCosts
@@ -227,3 +228,24 @@ def test_host_memory_for_kv_is_refused() -> None:
     chosen = Settings(policies=PolicySettings(lanes="static"))
     with pytest.raises(ConfigError, match="host memory"):
         make_twin(chosen, sizes, roofline(), PathCosts(), lambda outcome: None)
+
+
+def test_a_fitted_model_is_taken_apart_without_a_rest() -> None:
+    """Weights and KV are memory, further rows arithmetic, and together they are the whole step."""
+
+    def seconds(work: StepWork) -> float:
+        pairs = sum(new * context - new * (new - 1) / 2 for new, context in work.prefills)
+        return 0.004 + 1e-4 * work.rows + 2e-7 * work.decode_context + 1e-8 * pairs
+
+    shapes = [([(new, new)], decodes) for new in (1, 16, 64, 256) for decodes in (0, 1, 4, 9)]
+    works = [StepWork(prefills, n, 300 * n, n + 1) for prefills, n in shapes]
+    works += [StepWork((), n, context * n, n) for n in (1, 2, 5, 16) for context in (20, 900)]
+    model = fit_steps([(work, seconds(work)) for work in works])
+    for work in works:
+        sides = model.sides(work)
+        added_s = sides.fixed_s + sum(max(pair) for pair in sides.classes)
+        assert added_s == pytest.approx(model.seconds(work), rel=1e-9)
+    device = SharedDevice(model)
+    decode, prompt = works[-1], StepWork([(256, 256)], 0, 0, 1)
+    lost = [device.seconds(device.load(work, 0.6)) / model.seconds(work) for work in (decode, prompt)]
+    assert 1.0 < lost[0] < lost[1] < 1.7
