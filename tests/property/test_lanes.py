@@ -131,7 +131,7 @@ def make(stack: dict[str, str], system: dict[str, int]) -> LanedReplica:
 
 
 @given(loads(), systems, stacks, st.data())
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_any_overlap_gives_the_right_output(
     load: list[Request], system: dict[str, int], stack: dict[str, str], data: st.DataObject
 ) -> None:
@@ -249,7 +249,7 @@ twins = st.fixed_dictionaries(
 
 
 @given(arrivals(), stacks, twins)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_leaps_change_nothing(
     load: list[tuple[Request, int]], stack: dict[str, str], system: dict[str, int]
 ) -> None:

@@ -248,4 +248,4 @@ def test_a_fitted_model_is_taken_apart_without_a_rest() -> None:
     device = SharedDevice(model)
     decode, prompt = works[-1], StepWork([(256, 256)], 0, 0, 1)
     lost = [device.seconds(device.load(work, 0.6)) / model.seconds(work) for work in (decode, prompt)]
-    assert 1.0 < lost[0] < lost[1] < 1.7
+    assert 1.0 <= lost[0] < lost[1] < 1.7

@@ -10,7 +10,7 @@ compute units draw most of the memory's bandwidth, so a decode step loses little
 matrix products of a prompt lose nearly half of their speed. The other lane draws u of the bandwidth while it
 runs; whoever reads memory meanwhile waits in proportion, c = 1 + κ · u.
 
-The curves are assumptions, see there. A whole device without company costs exactly what the cost model says.
+The GPU's curves are assumptions, see there. The whole device without company costs exactly what the model says.
 """
 
 from __future__ import annotations
@@ -67,8 +67,11 @@ GPU: Final = ShareCurves(
     1.0,
     "assumed; shapes after semi-PD (arXiv 2504.19867) and Nexus (arXiv 2507.06608)",
 )
-# Two cores or a few: arithmetic is linear in them, one core draws most of the bandwidth.
-CPU: Final = ShareCurves(ShareCurve(1.0, 1.0), ShareCurve(0.6, 0.2), 1.0, "assumed")
+# One thread against two of this project's engine: a chunk of 512 rows gains 1.44 times, a decode step of few
+# rows, which reads weights, nothing. Below one core a duty cycle is taken to be linear.
+CPU: Final = ShareCurves(
+    ShareCurve(0.5, 0.45), ShareCurve(0.5, 0.0), 1.0, "benchmarks/RESULTS.md, section threads: two cores"
+)
 FEW_UNITS: Final = 16
 
 
