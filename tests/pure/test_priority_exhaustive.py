@@ -176,6 +176,17 @@ def test_four_requests_of_two_classes(slots: int, kv_blocks: int) -> None:
         run(asks, slots, kv_blocks, BOUNDED)
 
 
+@pytest.mark.parametrize("request_max", [1, 9])
+def test_a_low_request_among_three_high_ones_at_every_instant(request_max: int) -> None:
+    """Comes back, is left alone for a while, is displaced again, and no more often than allowed."""
+    bounds = {"step_max": 1, "request_max": request_max, "boost_tokens": 3}
+    most = 0
+    for arrives in combinations_with_replacement(range(1, 14), 3):
+        asks = [Ask(1, "long", 0), *(Ask(0, "small", each) for each in arrives)]
+        most = max(most, run(asks, 1, 16, bounds).displaced["r0"])
+    assert most == min(request_max, 2)
+
+
 @pytest.mark.parametrize(("slots", "kv_blocks"), [(1, 16), (2, 16), (2, 6), (3, 8)])
 def test_equals_never_displace_each_other(slots: int, kv_blocks: int) -> None:
     for asks in all_asks(4, (0,), ("small", "long"), (0, 3)):
