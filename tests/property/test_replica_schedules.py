@@ -63,6 +63,7 @@ systems = st.fixed_dictionaries(
             ]
         ),
         "preempt": st.sampled_from(["youngest-recompute", "flush-newest"]),
+        "admit": st.sampled_from(["whole-prompt", "aggressive", "conservative", "past-future"]),
     }
 )
 
