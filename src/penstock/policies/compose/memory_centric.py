@@ -66,6 +66,7 @@ class MemoryCentric(Compose):
         self._prefix_holders: Counter[GroupKey] = Counter()
         self._prefix_lens: dict[GroupKey, int] = {}
         self._prefix_tokens = 0
+        self._peak: int | None = None  # as of the last start or end; None: not looked at since
         self._own_ends = 0  # Σ over running of the tokens each will hold by itself when it ends
 
     def prefill_room(self, view: ReplicaView, now_s: float) -> int:
@@ -94,6 +95,7 @@ class MemoryCentric(Compose):
         return Composition(shares)
 
     def started(self, sequence: SequenceView, now_s: float) -> None:
+        self._peak = None
         entry = self._entry_of(sequence)
         self._running[sequence.arrival_index] = entry
         self._own_ends += _own_end(entry)
@@ -105,6 +107,7 @@ class MemoryCentric(Compose):
             self._prefix_holders[key] += 1
 
     def left(self, sequence: SequenceView, now_s: float) -> None:
+        self._peak = None
         entry = self._running.pop(sequence.arrival_index)
         self._own_ends -= _own_end(entry)
         key = group_key(sequence)
@@ -136,7 +139,9 @@ class MemoryCentric(Compose):
         limit -= self._prefix_tokens + len(self._running) * view.block_tokens // 2
         if limit - self._own_ends > 2 * enough:
             return limit - self._own_ends
-        return limit - _peak_tokens(self._running.values())
+        if self._peak is None:
+            self._peak = _peak_tokens(self._running.values())
+        return limit - self._peak
 
     def _prompts_within(
         self, waiting: Iterable[SequenceView], left: int, kv_left: int, block_tokens: int
