@@ -47,14 +47,14 @@ class MemoryCentric(Compose):
     once, at the peak that is still to come. With the running sequences in order of falling remaining
     output r, each holding h tokens of its own: peak = prefixes + max over k of (h_1 + ... + h_k + k·r_k), the
     formula of Past-Future (ASPLOS 2025). Expected outputs are the mean of what finished before, believed once
-    when a sequence starts, so that between two ends the peak can only rise. The published code counts the
+    when a sequence starts; the peak is looked at once after each start and end. The published code counts the
     context at hand and leaves growth to preemption; its default limit is infinite, this one is not.
 
     Room in a step is what its better-ranked prompts leave, so that a long prefill of the batch class does
     not stand between an online request and its start.
 
-    Reads `running`, `prefilling`, `waiting`. O(running log running) a plan with somebody waiting, O(1) where
-    even the sum of all growth fits.
+    Reads `prefilling` and `waiting`, and observes who runs. O(running log running) after a start or an end with
+    somebody waiting, else O(prefilling); less where even the sum of all growth fits.
     """
 
     Options = MemoryCentricOptions
