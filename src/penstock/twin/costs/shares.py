@@ -10,7 +10,7 @@ compute units draw most of the memory's bandwidth, so a decode step loses little
 matrix products of a prompt lose nearly half of their speed. The other lane draws u of the bandwidth while it
 runs; whoever reads memory meanwhile waits in proportion, c = 1 + κ · u.
 
-The GPU's curves are assumptions, see there. The whole device without company costs exactly what the model says.
+The GPU's curves are assumptions. The whole device without company costs exactly what the model says.
 """
 
 from __future__ import annotations
