@@ -32,7 +32,7 @@ BATCH_ROWS: Final = (512, 1024, 2048, 4096)  # sizes that schedules are searched
 DECODE_STEPS: Final = 4  # the share of decodes is rounded to such a part
 CONTEXTS: Final = (256, 512, 1024, 2048, 4096, 8192, 16_384)
 STRUCTURES: Final = 3  # so many of stage 1 go on to stage 2
-MEMO_MAX: Final = 4096
+MEMO_MAX: Final = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,7 @@ class NanoCostModel:
     ) -> None:
         """Raises ConfigError for an unknown overlap, and for a pipeline of devices."""
         spec, hardware, engine, parallel = base.made_of
-        if overlap not in OVERLAPS:
-            raise _bad_overlap(f"is {overlap!r}", f"Write one of {', '.join(OVERLAPS)}.")
+        _check(overlap)
         if overlap == "nano" and parallel.pipeline > 1:
             raise _bad_overlap(
                 "= nano schedules one stage, not a pipeline of devices",
@@ -197,17 +196,17 @@ class NanoCostModel:
 def candidates(rows: int) -> list[Cuts]:
     """Two pieces, the first of three to five eighths; attention cut there too, or into four as published."""
     found = []
-    for sixteenths in range(6, 11):
-        first = _tile(rows * sixteenths // 16)
+    for first in sorted({_tile(rows * sixteenths // 16) for sixteenths in range(6, 11)}):
         found.append(Cuts((first,), (first,)))
         quarters = (_tile(first * 2 // 5), first, first + _tile((rows - first) // 2))
-        if sixteenths < 8 and 0 < quarters[0] and quarters[1] < quarters[2]:
+        if first < rows // 2 and 0 < quarters[0] and quarters[1] < quarters[2]:
             found.append(Cuts(quarters, (first,)))
     return found
 
 
 def overlapped(cost: CostModel, overlap: str) -> CostModel:
     """`cost` with that overlap. Raises ConfigError where a cost model knows no operators."""
+    _check(overlap)
     if overlap == "none":
         return cost
     if not isinstance(cost, RooflineCostModel):
@@ -222,6 +221,11 @@ def overlapped(cost: CostModel, overlap: str) -> CostModel:
 def _overlapped(cost: RooflineCostModel, overlap: str) -> NanoCostModel:
     """One for all replicas of a run, so that schedules are searched once."""
     return NanoCostModel(cost, overlap)
+
+
+def _check(overlap: str) -> None:
+    if overlap not in OVERLAPS:
+        raise _bad_overlap(f"is {overlap!r}", f"Write one of {', '.join(OVERLAPS)}.")
 
 
 def _bad_overlap(problem: str, hint: str) -> ConfigError:
