@@ -53,8 +53,8 @@ class MemoryCentric(Compose):
     Room in a step is what its better-ranked prompts leave, so that a long prefill of the batch class does
     not stand between an online request and its start.
 
-    Reads `prefilling` and `waiting`, and observes who runs. With somebody waiting O(running log running) after
-    a start or an end, else O(prefilling); less where even the sum of all growth fits.
+    Reads `prefilling` and `waiting`, and observes who runs. Costs O(running log running) after a start or an
+    end while somebody waits, else O(prefilling); less where even the sum of all growth fits.
     """
 
     Options = MemoryCentricOptions
