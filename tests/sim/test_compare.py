@@ -25,7 +25,13 @@ from penstock.core.settings import PolicySettings, Settings
 from penstock.replica.limits import check_feasible
 from penstock.twin.compare import run as sweeping
 from penstock.twin.compare.document import Comparison, notes_of
-from penstock.twin.compare.fairness import delivered_tokens, fairness, jain
+from penstock.twin.compare.fairness import (
+    TenantService,
+    delivered_tokens,
+    dues_tokens,
+    fairness,
+    jain,
+)
 from penstock.twin.compare.page import render
 from penstock.twin.compare.pairs import groups_of, length_label
 from penstock.twin.compare.run import Bench, Contender, focus_rate, run_once, sweep
@@ -162,6 +168,17 @@ def test_service_counts_until_the_last_arrival() -> None:
     by_weight = fairness([late, done], [11, 11], lambda tenant: weights.get(tenant, 1.0))
     tokens = {service.tenant: service.service_tokens for service in by_weight.largest}
     assert by_weight.tokens_jain == jain([tokens[done.tenant] / 3.0, tokens[late.tenant]])
+    assert found.due_frac_min == pytest.approx(106 / (217 / 2))
+    assert by_weight.due_frac_min == 1.0, "one has all it asked for, and the other the rest"
+
+
+def test_what_is_due_is_a_max_min_share_by_weight() -> None:
+    services = [
+        TenantService("small", asked_tokens=10, service_tokens=5.0),
+        TenantService("large", asked_tokens=500, service_tokens=145.0),
+        TenantService("gold", asked_tokens=500, service_tokens=60.0, weight=2.0),
+    ]
+    assert dues_tokens(services) == [10.0, pytest.approx(200 / 3), pytest.approx(400 / 3)]
 
 
 # ---- stacks and rates as they are written -----------------------------------------------------------------

@@ -3,7 +3,8 @@
 Service is counted in tokens delivered until the last arrival: later everybody gets what is left, under any
 policy. A request's prompt counts when its first token comes, its output evenly from the first token to the
 last. Where tenants have weights, tokens over weight are compared. Jain's index is (Σx)² / (n Σx²): 1 when all
-x are equal, 1/n when one tenant has everything.
+x are equal, 1/n when one tenant has everything. What a tenant is due is its max-min share of all that was
+delivered: by weight, nobody more than it asked for, and what one does not ask for goes to the others.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Fairness:
     tokens_max_over_min: float | None  # None as well where some tenant got nothing
     tokens_jain: float | None
     served_frac_jain: float | None
+    due_frac_min: float | None  # of what it was due, the least that any tenant got; above 1 nobody goes short
     largest: list[TenantService]  # those that asked for the most, TENANTS_SHOWN at most
 
 
@@ -66,8 +68,28 @@ def fairness(
         tokens_max_over_min=max(tokens) / min(tokens) if several and min(tokens) > 0 else None,
         tokens_jain=jain(tokens) if several else None,
         served_frac_jain=jain(shares) if several else None,
+        due_frac_min=_due_frac_min(list(found.values())) if several else None,
         largest=largest[:TENANTS_SHOWN],
     )
+
+
+def dues_tokens(services: Sequence[TenantService]) -> list[float]:
+    """What each is due of all that they got together, in the same order."""
+    left, weights = sum(service.service_tokens for service in services), sum(s.weight for s in services)
+    dues = [0.0] * len(services)
+    for index in sorted(range(len(services)), key=lambda i: services[i].asked_tokens / services[i].weight):
+        service = services[index]
+        dues[index] = min(float(service.asked_tokens), left * service.weight / weights)
+        left -= dues[index]
+        weights -= service.weight
+        if weights <= 0.0:
+            break
+    return dues
+
+
+def _due_frac_min(services: Sequence[TenantService]) -> float | None:
+    pairs = zip(services, dues_tokens(services), strict=True)
+    return min((service.service_tokens / due for service, due in pairs if due > 0.0), default=None)
 
 
 def delivered_tokens(outcome: RequestOutcome, until_s: float) -> float:

@@ -259,7 +259,9 @@ def _tenants_table(comparison: Comparison) -> str:
         fair = run.fairness
         jain = "-" if fair.tokens_jain is None else f"{fair.tokens_jain:.3f}"
         spread = "-" if fair.tokens_max_over_min is None else f"{fair.tokens_max_over_min:.3g}"
-        rows.append([run.stack, f"all {fair.tenants}", "", "", f"Jain {jain}, max/min {spread}"])
+        due = "-" if fair.due_frac_min is None else wording.percent(fair.due_frac_min)
+        told = f"Jain {jain}, max/min {spread}, at least {due} of what was due"
+        rows.append([run.stack, f"all {fair.tenants}", "", "", told])
         rows += [
             [
                 "",

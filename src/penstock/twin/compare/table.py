@@ -32,7 +32,7 @@ def _table(*columns: str, left: int = 1) -> Table:
 def _runs(comparison: Comparison) -> Table:
     table = _table(
         "\nrate", "\nstack", "\nreq/s", "TTFT\np50", "\np99", "TPOT\np50", "\np99", "E2E\np50", "\np99",
-        "goodput\nreq/s", "\nattained", "\npreempt", "KV\nmax", "fair\nJain", left=2,
+        "goodput\nreq/s", "\nattained", "\npreempt", "KV\nmax", "fair\nJain", "due\nmin", left=2,
     )  # fmt: skip
     last = None
     for run in comparison.runs:
@@ -43,7 +43,7 @@ def _runs(comparison: Comparison) -> Table:
 
 def _cells(run: Run) -> list[str]:
     latencies = [cell for name in ("ttft", "tpot", "e2e") for cell in _ends(run.latency_ms[name])]
-    fair = run.fairness.served_frac_jain
+    fair, due = run.fairness.served_frac_jain, run.fairness.due_frac_min
     return [
         "-" if run.requested_rps is None else wording.number(run.requested_rps),
         *latencies,
@@ -52,6 +52,7 @@ def _cells(run: Run) -> list[str]:
         str(run.preemptions),
         wording.percent(run.kv_usage_max),
         "-" if fair is None else f"{fair:.3f}",
+        "-" if due is None else wording.percent(due),
     ]
 
 
