@@ -12,7 +12,8 @@ import numpy as np
 from benchmarks.effects.effect import Claim, Effect, Measured
 from benchmarks.effects.serving import Load, Served, azure_lengths, limits, serve, settings_of
 from penstock.core.request import Request
-from penstock.policies.estimate.lengths import LengthBelief
+from penstock.policies.rank.jitserve import JitServe
+from penstock.policies.view import SequenceView
 from penstock.workloads.charts import Chart, Series
 
 KV_TOKENS = 400_000
@@ -82,18 +83,18 @@ def goodput_frac(rate_rps: float, served: Served) -> float:
 @contextmanager
 def noisy_beliefs(sigma: float) -> Iterator[None]:
     """Every prediction is off by a factor, the same for all predictions of one request."""
-    exact = LengthBelief.at
+    exact = JitServe._totals
 
-    def at(self: LengthBelief, sequence, places):  # type: ignore[no-untyped-def]
+    def totals(self: JitServe, sequence: SequenceView, produced: int) -> list[int]:
         factor = float(np.exp(sigma * random.Random(sequence.request.id).gauss(0.0, 1.0)))
-        low, high = sequence.output_len + 1, sequence.request.max_output_tokens
-        return [min(max(int(total * factor), low), high) for total in exact(self, sequence, places)]
+        low, high = produced + 1, sequence.request.max_output_tokens
+        return [min(max(int(total * factor), low), high) for total in exact(self, sequence, produced)]
 
-    LengthBelief.at = at  # type: ignore[method-assign]
+    JitServe._totals = totals  # type: ignore[method-assign]
     try:
         yield
     finally:
-        LengthBelief.at = exact  # type: ignore[method-assign]
+        JitServe._totals = exact  # type: ignore[method-assign]
 
 
 def wins() -> Measured:

@@ -14,7 +14,7 @@ from penstock.core.metrics import Slo
 from penstock.core.reasons import FinishReason
 from penstock.core.request import Request
 from penstock.policies.context import Context
-from penstock.policies.estimate.service_jobs import Job, Tier, best_window, drop, merge_programs
+from penstock.policies.estimate.service_jobs import Dues, Job, Tier, best_window, drop, merge_programs
 from penstock.policies.rank import RANK
 from penstock.policies.rank.jitserve import JitServe
 from penstock.policies.view import StepFacts
@@ -67,6 +67,8 @@ def seq(index: int, output: int, prompt: int = 100, produced: int = 0, **hints: 
 
 
 def judged(policy: JitServe, sequence: Seq, now_s: float = 0.0) -> Job:
+    policy._dues[sequence.arrival_index] = Dues(sequence.request, policy._book)
+    policy._room = 512
     return policy._judge(sequence, now_s)  # type: ignore[arg-type]
 
 

@@ -1,16 +1,20 @@
-"""Requests as JITServe judges them, and the choices among them."""
+"""Requests as JITServe judges them, the choices among them, and its clock."""
 
 from __future__ import annotations
 
 import heapq
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import Final
 
+from penstock.core.request import Request
+from penstock.policies.estimate.slo_book import SloBook
 from penstock.policies.view import SequenceView
 
 NEVER: Final = float("inf")
+CLOCK_FRAMES: Final = 10  # published
+_STEP_S_MIN: Final = 1e-6
 
 
 class Tier(IntEnum):
@@ -100,3 +104,69 @@ def best_window(jobs: Sequence[Job], size: int) -> Sequence[Job]:
         if total > best:
             best, begin = total, end - size + 1
     return by_length[begin : begin + size]
+
+
+class Dues:
+    """What one request was promised, as instants."""
+
+    __slots__ = ("_answer_s", "_pace_s", "first_s", "promise")
+
+    def __init__(self, request: Request, book: SloBook) -> None:
+        slo = book.of(request)
+        self.promise = book.promise(request)
+        self.first_s = _instant(request, slo.ttft_ms)
+        self._answer_s = _instant(request, slo.e2e_ms)
+        self._pace_s = None if slo.tpot_ms is None else slo.tpot_ms * 1e-3
+
+    def end_s(self, total: int, reached_s: float | None) -> float:
+        """When the last of `total` tokens is due; the pace counts from the first one."""
+        if self._pace_s is None:
+            return self._answer_s
+        begun_s = self.first_s if reached_s is None else reached_s
+        return min(self._answer_s, begun_s + (total - 1) * self._pace_s)
+
+
+def _instant(request: Request, target_ms: float | None) -> float:
+    return NEVER if target_ms is None else request.arrival_s + target_ms * 1e-3
+
+
+class StepClock:
+    """Counts steps in frames, and knows the mean time of a step over the last of them, idle time left out.
+
+    From the instants at which steps end, so that it is the same however steps are told.
+    """
+
+    def __init__(self, step_s: float, frame_steps: int) -> None:
+        self._frame_steps = frame_steps
+        self._samples: deque[float] = deque(maxlen=CLOCK_FRAMES)
+        self._done = 0
+        self._begun_s = 0.0
+        self._last_s = 0.0
+        self.step_s = step_s
+
+    @property
+    def frame_s(self) -> float:
+        return self.step_s * self._frame_steps
+
+    @property
+    def steps_to_frame(self) -> int:
+        return max(1, self._frame_steps - self._done)
+
+    @property
+    def frame_is_due(self) -> bool:
+        return self._done >= self._frame_steps
+
+    def resume(self, now_s: float, was_idle: bool) -> None:
+        """A request came; if nobody was here, nothing has been computed since the last step."""
+        if was_idle:
+            self._begun_s += now_s - self._last_s
+            self._last_s = now_s
+
+    def advance(self, steps: int, now_s: float) -> None:
+        self._done += steps
+        self._last_s = now_s
+
+    def begin_frame(self) -> None:
+        self._samples.append((self._last_s - self._begun_s) / self._done)
+        self._begun_s, self._done = self._last_s, 0
+        self.step_s = max(_STEP_S_MIN, sum(self._samples) / len(self._samples))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -14,7 +13,9 @@ from penstock.policies.context import Context
 from penstock.policies.estimate.lengths import LengthBelief
 from penstock.policies.estimate.service_jobs import (
     NEVER,
+    Dues,
     Job,
+    StepClock,
     Tier,
     best_window,
     drop,
@@ -25,9 +26,8 @@ from penstock.policies.rank import RANK, Rank, RankKey
 from penstock.policies.view import ReplicaView, SequenceView, StepFacts
 
 PREFILL_WEIGHT, DECODE_WEIGHT = 1.0, 8.0  # of a token; published
-CLOCK_FRAMES: Final = 10  # published
 _RATIO_MIN: Final = 1e-6  # published
-_STEP_S_MIN: Final = 1e-6
+_KINDS_MAX: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +92,12 @@ class JitServe(Rank):
         self._options = options
         self._belief = context.shared(LengthBelief)
         self._book = context.shared(SloBook)
-        self._clock = _StepClock(options.step_ms * 1e-3, options.schedule_steps)
+        self._clock = StepClock(options.step_ms * 1e-3, options.schedule_steps)
         self._sequences: dict[int, SequenceView] = {}  # all that are here, by arrival index
+        self._dues: dict[int, Dues] = {}
+        self._room = 1  # prompt tokens in a step beside all that decode now
+        self._kinds: dict[tuple[str, str, int], Sequence[int]] = {}  # outputs to expect of new requests
+        self._kinds_version = -1
         self._jobs: dict[int, Job] = {}  # the same, as of the last frame or of when they came
         self._version = 0
 
@@ -105,13 +109,16 @@ class JitServe(Rank):
     def submitted(self, sequence: SequenceView, now_s: float) -> None:
         self._clock.resume(now_s, was_idle=not self._sequences)
         self._sequences[sequence.arrival_index] = sequence
+        self._dues[sequence.arrival_index] = Dues(sequence.request, self._book)
+        self._look_at_room()
         self._jobs[sequence.arrival_index] = self._judge(sequence, now_s)
 
     def stepped(self, step: StepFacts, now_s: float) -> None:
         self._clock.advance(step.steps, now_s)
 
     def finished(self, sequence: SequenceView, reason: FinishReason, now_s: float) -> None:
-        del self._sequences[sequence.arrival_index], self._jobs[sequence.arrival_index]
+        who = sequence.arrival_index
+        del self._sequences[who], self._dues[who], self._jobs[who]
 
     def steps_valid(self, view: ReplicaView, now_s: float) -> int:
         return self._clock.steps_to_frame
@@ -141,6 +148,7 @@ class JitServe(Rank):
 
     def _choose(self, now_s: float) -> None:
         """Judge everybody, and choose the batch of this frame."""
+        self._look_at_room()
         jobs = [self._judge(sequence, now_s) for sequence in self._sequences.values()]
         self._jobs = {job.sequence.arrival_index: job for job in jobs}
         programs = merge_programs(jobs)
@@ -167,8 +175,13 @@ class JitServe(Rank):
 
     def _reserve_s(self, job: Job) -> float:
         """With less slack it must not wait, nor be displaced, until the next frame."""
-        again_s = self._prompt_s(job.sequence.total_len) if job.sequence.block_count else 0.0
-        return self._clock.frame_s + self._clock.step_s + again_s + self._options.margin_frac * job.left_s
+        step_s, again = self._clock.step_s, 1
+        if job.sequence.block_count:  # it would have to be computed again
+            again += ceil_div(job.sequence.total_len, self._room)
+        return self._clock.frame_s + step_s * again + self._options.margin_frac * job.left_s
+
+    def _look_at_room(self) -> None:
+        self._room = max(1, self._view.step_tokens_max - self._view.decoding_count)
 
     def _places(self, hopeful: Sequence[Job]) -> int:
         """How many of the best the replica can hold: slots, and KV for half of what they will produce."""
@@ -197,52 +210,59 @@ class JitServe(Rank):
 
     def _judge(self, sequence: SequenceView, now_s: float) -> Job:
         """Its reward, the work it still takes, and the time it can spare."""
-        options, request, step_s = self._options, sequence.request, self._clock.step_s
-        produced = sequence.output_len
-        least, middle, most = self._belief.at(sequence, (1.0 - options.quantile, 0.5, options.quantile))
-        if least == request.max_output_tokens:
-            least = produced + 1  # nothing is known that would call it late
-        uncomputed = 0 if sequence.is_decoding else sequence.total_len - sequence.computed_len
-        prompt_s = self._prompt_s(uncomputed)
+        request, step_s = sequence.request, self._clock.step_s
+        due = self._dues[sequence.arrival_index]
+        produced, total_len = sequence.output_len, sequence.total_len
+        least, middle, most = self._totals(sequence, produced)
+        uncomputed = 0 if sequence.is_decoding else total_len - sequence.computed_len
+        prompt_s = step_s * ceil_div(uncomputed, self._room)
         job = Job(sequence, max(step_s, prompt_s + step_s * (most - produced)))
         job.length = request.prompt_len + most
         job.tokens_left = middle - produced
-        job.prompt_s = step_s * uncomputed / self._room()
+        job.prompt_s = step_s * uncomputed / self._room
         job.work_s = prompt_s + step_s * job.tokens_left
         # Its first token, and the ends of the shortest and the longest output: when due, when possible
-        first_due_s, first_s = self._first(sequence, now_s + prompt_s + step_s)
-        soon_due_s, job.end_s = (
-            _instant(self._book.end_due_s(request, total, sequence.first_token_s)) for total in (least, most)
-        )
+        reached_s = sequence.first_token_s
+        first_s = now_s + prompt_s + step_s if reached_s is None else reached_s
         soon_s = now_s + prompt_s + step_s * (least - produced)
+        soon_due_s, job.end_s = due.end_s(least, reached_s), due.end_s(most, reached_s)
         job.slack_s = min(soon_due_s - soon_s, job.end_s - now_s - job.left_s)
-        if sequence.first_token_s is None:
-            job.slack_s = min(job.slack_s, first_due_s - first_s)
+        if reached_s is None:
+            job.slack_s = min(job.slack_s, due.first_s - first_s)
         job.by_s = now_s + job.slack_s
-        is_late = first_s > first_due_s or soon_s > soon_due_s
+        is_late = first_s > due.first_s or soon_s > soon_due_s
         job.tier = Tier.LATE if is_late else Tier.OTHERS
         arrival_s = request.arrival_s
         on_end = self._ratio(job.end_s - arrival_s, now_s + job.left_s - arrival_s)
-        on_first = self._ratio(first_due_s - arrival_s, first_s - arrival_s)
-        job.reward = self._reward(sequence, most, on_first, on_end)
+        prompt = PREFILL_WEIGHT * request.prompt_len
+        if due.promise is Promise.LATENCY:
+            on_first = self._ratio(due.first_s - arrival_s, first_s - arrival_s)
+            earned = prompt * on_first + DECODE_WEIGHT * produced
+            job.reward = earned + DECODE_WEIGHT * (most - produced) * on_end
+        else:
+            counts = _RATIO_MIN if due.promise is Promise.NONE else on_end
+            job.reward = (prompt + DECODE_WEIGHT * most) * counts
         job.priority = job.reward / job.left_s
         return job
 
-    def _first(self, sequence: SequenceView, possible_s: float) -> tuple[float, float]:
-        """When its first token is due, and when it came or can come."""
-        target_ms = self._book.of(sequence.request).ttft_ms
-        due_s = NEVER if target_ms is None else sequence.request.arrival_s + target_ms * 1e-3
-        return due_s, possible_s if sequence.first_token_s is None else sequence.first_token_s
+    def _totals(self, sequence: SequenceView, produced: int) -> Sequence[int]:
+        """Least, middle and most output. All new requests of a kind are alike until somebody ends."""
+        if produced == 0:
+            request, version = sequence.request, self._belief.version
+            kind = request.tenant, request.slo_class, request.max_output_tokens
+            if version != self._kinds_version or len(self._kinds) >= _KINDS_MAX:
+                self._kinds_version, self._kinds = version, {}
+            if kind not in self._kinds:
+                self._kinds[kind] = self._totals_now(sequence, 0)
+            return self._kinds[kind]
+        return self._totals_now(sequence, produced)
 
-    def _reward(self, sequence: SequenceView, output: int, on_first: float, on_end: float) -> float:
-        prompt = PREFILL_WEIGHT * sequence.request.prompt_len
-        promise = self._book.promise(sequence.request)
-        if promise is Promise.NONE:
-            return (prompt + DECODE_WEIGHT * output) * _RATIO_MIN
-        if promise is not Promise.LATENCY:
-            return (prompt + DECODE_WEIGHT * output) * on_end
-        earned = prompt * on_first + DECODE_WEIGHT * sequence.output_len
-        return earned + DECODE_WEIGHT * (output - sequence.output_len) * on_end
+    def _totals_now(self, sequence: SequenceView, produced: int) -> Sequence[int]:
+        quantile = self._options.quantile
+        least, middle, most = self._belief.at(sequence, (1.0 - quantile, 0.5, quantile))
+        if least == sequence.request.max_output_tokens:
+            least = produced + 1  # nothing is known that would call it late
+        return least, middle, most
 
     def _ratio(self, given_s: float, taken_s: float) -> float:
         """1 in time, and less the later."""
@@ -250,56 +270,3 @@ class JitServe(Rank):
             return 1.0
         ratio: float = max(given_s / taken_s, _RATIO_MIN) ** self._options.exponent
         return ratio
-
-    def _prompt_s(self, tokens: int) -> float:
-        return self._clock.step_s * ceil_div(tokens, self._room())
-
-    def _room(self) -> int:
-        """Prompt tokens in a step, as many as decode now."""
-        return max(1, self._view.step_tokens_max - self._view.decoding_count)
-
-
-def _instant(due_s: float | None) -> float:
-    return NEVER if due_s is None else due_s
-
-
-class _StepClock:
-    """Counts steps in frames, and knows the mean time of a step over the last of them, idle time left out.
-
-    From the instants at which steps end, so that it is the same however steps are told.
-    """
-
-    def __init__(self, step_s: float, frame_steps: int) -> None:
-        self._frame_steps = frame_steps
-        self._samples: deque[float] = deque(maxlen=CLOCK_FRAMES)
-        self._done = 0
-        self._begun_s = 0.0
-        self._last_s = 0.0
-        self.step_s = step_s
-
-    @property
-    def frame_s(self) -> float:
-        return self.step_s * self._frame_steps
-
-    @property
-    def steps_to_frame(self) -> int:
-        return max(1, self._frame_steps - self._done)
-
-    @property
-    def frame_is_due(self) -> bool:
-        return self._done >= self._frame_steps
-
-    def resume(self, now_s: float, was_idle: bool) -> None:
-        """A request came; if nobody was here, nothing has been computed since the last step."""
-        if was_idle:
-            self._begun_s += now_s - self._last_s
-            self._last_s = now_s
-
-    def advance(self, steps: int, now_s: float) -> None:
-        self._done += steps
-        self._last_s = now_s
-
-    def begin_frame(self) -> None:
-        self._samples.append((self._last_s - self._begun_s) / self._done)
-        self._begun_s, self._done = self._last_s, 0
-        self.step_s = max(_STEP_S_MIN, sum(self._samples) / len(self._samples))
