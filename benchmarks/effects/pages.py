@@ -122,7 +122,7 @@ def row_name(row: str) -> str:
 def row_of(results: Results) -> str:
     effect, live = results.effect, results.live
     link = f"{effect.slot} [`{effect.policy}`](policies/{page_stem(effect.slot, effect.policy)}.md)"
-    on_engine = live["said"] if live else effect.not_live or "not run"
+    on_engine = live["said"] if live else effect.not_live or ("–" if effect.live is None else "not run yet")
     cells = (link, effect.headline, results.wins.said, on_engine, results.loses.said)
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 

@@ -260,8 +260,12 @@ class PairRun:
         if rank_class(self._names["rank"]).reorders:
             return
         leaders = {request.leader_id for request in self._requests.values()}
-        plain = [
-            name for name in self._order if name not in leaders and self._requests[name].leader_id is None
+        plain = [  # siblings and members of a group wait for whoever computes what they share
+            name
+            for name in self._order
+            if name not in leaders
+            and self._requests[name].leader_id is None
+            and self._requests[name].group_id is None
         ]
         arrivals = [self._requests[name].arrival_s for name in plain]
         require(arrivals == sorted(arrivals), "first come, first served, and somebody was overtaken")
