@@ -158,6 +158,7 @@ EFFECTS = (
         "load, and less the worse lengths are predicted (card jitserve)",
         wins,
         loses,
+        not_live="tests/engine/test_preset_journals.py holds its decisions there to those of the twin",
         settings={"preempt": "priority"},
     ),
 )

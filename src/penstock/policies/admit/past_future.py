@@ -52,8 +52,8 @@ class PastFuture(Admit):
     nothing need no decision, and nobody draws until luck lets it in. LightLLM asks as rarely
     (`router_max_wait_tokens`).
 
-    Reads `prefilling`, `decoding_count`, `decode_clock`, `decode_context`, the block counts; `running` only
-    when a composer has paused somebody. O(K n log n) a decision after a change, O(1) otherwise.
+    Reads `prefilling`, `decoding_count`, `decode_clock`, `decode_context` and the block counts; what runs it
+    keeps in arrays of its own. O(K n log n) a decision after a change, O(1) otherwise.
     """
 
     Options = PastFutureOptions

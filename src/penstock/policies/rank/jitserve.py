@@ -74,9 +74,10 @@ class JitServe(Rank):
     then the other kept ones, then those left out, by priority; last what has missed a target for good, which
     is served when there is room. So who has slack waits, and what cannot be in time costs nobody else.
 
-    Who waits and is due outranks who runs and is neither due nor chosen; who was chosen does so for
-    `swap_gain` times the priority. It takes a `preempt` policy that makes room (`priority`, which bounds
-    swaps by step and request). O(n log n) a frame; in between a new request has the priority it came with.
+    Who waits and is due or chosen outranks who runs and is neither, if it would be late without a place in
+    this frame, if the other is late, or for `swap_gain` times the priority. It takes a `preempt` policy that
+    makes room (`priority`, which bounds swaps by step and request). O(n log n) a frame, some 7 µs a request;
+    in between, a new one has the priority it came with.
 
     Differs from the source: the quantile is the empirical one, not a forest's; the true length, which the
     published predictor reads, is never read; the window looks for the largest sum (the published code sorts
