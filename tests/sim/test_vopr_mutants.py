@@ -7,8 +7,9 @@ the first ones, drawn as always. A mutant that survives means that a checker has
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,27 @@ from penstock.desk.desk import Desk
 from penstock.replica import replica as replica_module
 from penstock.replica import results as results_module
 from penstock.replica import sequence as sequence_module
+from penstock.replica.host_tier import HostTier
 from penstock.replica.kv_pool import KVPool
 from penstock.replica.lane import DecodeLane
 from penstock.replica.replica import Replica
 from penstock.replica.sequence import Phase, Sequence
+from penstock.replica.swapping import Swapping
 from penstock.replica.waiting import WaitingQueue
 from penstock.twin import vopr
 from penstock.twin.executor import ModelledExecutor
 from penstock.twin.vopr import draw_script, run_checked
 
-SEEDS_MAX = 400
+SEEDS_MAX = 1500
 Patch = pytest.MonkeyPatch
 Mutate = Callable[[Patch], None]
 MUTANTS: dict[str, tuple[Mutate, str]] = {}
+SWAPPING = (  # looked for among the systems that can have them
+    "a_block_is_free_before_its_copy_is_done",
+    "what_is_loaded_runs_at_once",
+    "a_failed_copy_counts",
+    "the_host_forgets_where_a_copy_ends",
+)
 
 
 def mutant(*checks: str) -> Callable[[Mutate], Mutate]:
@@ -46,12 +55,20 @@ def mutant(*checks: str) -> Callable[[Mutate], Mutate]:
     return add
 
 
-def first_failure(seeds: range) -> tuple[int, str] | None:
+def first_failure(seeds: Iterable[int]) -> tuple[int, str] | None:
     for seed in seeds:
         failure = run_checked(draw_script(seed), thoroughly=True).failure
         if failure is not None:
             return seed, failure.check
     return None
+
+
+def swapping_seeds() -> Iterator[int]:
+    """The first of those whose systems copy KV beside the steps."""
+    drawn = ((seed, draw_script(seed).system) for seed in range(40 * SEEDS_MAX))
+    return islice(
+        (s for s, system in drawn if system.preempt == "fastswitch" and system.host_kv_blocks), SEEDS_MAX
+    )
 
 
 # ---- the KV pool ------------------------------------------------------------------------------------------
@@ -61,8 +78,10 @@ def first_failure(seeds: range) -> tuple[int, str] | None:
 def a_block_is_released_twice(patch: Patch) -> None:
     release = KVPool.release
 
-    def twice(self: KVPool, blocks: Any, shared_count: int, request: Request, now_s: float) -> None:
-        release(self, blocks, shared_count, request, now_s)
+    def twice(
+        self: KVPool, blocks: Any, shared_count: int, request: Request, now_s: float, first: int = 0
+    ) -> None:
+        release(self, blocks, shared_count, request, now_s, first)
         release(self, blocks[shared_count:], 0, request, now_s)
 
     patch.setattr(KVPool, "release", twice)
@@ -92,7 +111,8 @@ def a_block_is_published_before_it_is_computed(patch: Patch) -> None:
     def early(self: Replica, sequence: Sequence, *rest: Any) -> None:
         start(self, sequence, *rest)
         if sequence.is_keyed and self.limits.prefix_cache:
-            keys = sequence.key_blocks(sequence.total_len // self.block_tokens, self.block_tokens)
+            full_blocks = min(sequence.total_len // self.block_tokens, len(sequence.blocks))
+            keys = sequence.key_blocks(full_blocks, self.block_tokens)
             for index in range(sequence.published_blocks, len(keys)):
                 self._pool.publish(sequence.blocks[index], keys[index])
             sequence.published_blocks = len(keys)
@@ -140,8 +160,8 @@ def two_sequences_get_one_block(patch: Patch) -> None:
     without_own_books(patch)
     allocate = KVPool.allocate
 
-    def generous(self: KVPool, count: int, now_s: float) -> list[int]:
-        blocks = allocate(self, count, now_s)
+    def generous(self: KVPool, count: int, now_s: float, owner: int = 0) -> list[int]:
+        blocks = allocate(self, count, now_s, owner)
         self._free += blocks[:1]
         return blocks
 
@@ -153,6 +173,50 @@ def a_preempted_block_is_held_by_nobody(patch: Patch) -> None:
     without_own_books(patch)
     release = KVPool.release
     patch.setattr(KVPool, "release", lambda self, blocks, *rest: release(self, blocks[:-1], *rest))
+
+
+@mutant("kv-guard")
+def a_block_is_free_before_its_copy_is_done(patch: Patch) -> None:
+    out = Swapping.out
+
+    def hasty(self: Swapping, victim: Sequence, view: Any, now_s: float) -> int:
+        kept = out(self, victim, view, now_s)
+        for flight in self._flights.values():
+            self._release(flight, now_s)
+        return kept
+
+    patch.setattr(Swapping, "out", hasty)
+
+
+@mutant("kv-guard", "kv-content")
+def what_is_loaded_runs_at_once(patch: Patch) -> None:
+    load = Swapping.load
+
+    def impatient(self: Swapping, sequence: Sequence, *rest: Any) -> bool:
+        if load(self, sequence, *rest):
+            del self.loading[sequence.seq_id]
+            next(each for each in self._flights.values() if each.loads is sequence).loads = None
+        return False
+
+    patch.setattr(Swapping, "load", impatient)
+
+
+@mutant("kv-content")
+def a_failed_copy_counts(patch: Patch) -> None:
+    done = Swapping.done
+    patch.setattr(
+        Swapping,
+        "done",
+        lambda self, told, *rest: done(self, [replace(each, ok=True) for each in told], *rest),
+    )
+
+
+@mutant("kv-content", "AssertionError in load")
+def the_host_forgets_where_a_copy_ends(patch: Patch) -> None:
+    found = HostTier.found_len
+    patch.setattr(
+        HostTier, "found_len", lambda self, sequence: found(self, sequence) and found(self, sequence) + 1
+    )
 
 
 # ---- the replica ------------------------------------------------------------------------------------------
@@ -342,7 +406,7 @@ def preempted_time_is_charged_twice(patch: Patch) -> None:
 
 @mutant("fcfs")
 def the_newest_is_admitted_first(patch: Patch) -> None:
-    patch.setattr(WaitingQueue, "at", lambda self, place: self._lines[""][-1 - place][2])
+    patch.setattr(WaitingQueue, "at", lambda self, place: list(self)[-1 - place])
 
 
 @mutant("fcfs")
@@ -351,7 +415,7 @@ def a_preempted_sequence_loses_its_place(patch: Patch) -> None:
 
     def demoted(self: Replica, victim: Sequence, *rest: Any) -> None:
         preempt(self, victim, *rest)
-        entries = self._waiting._lines[""]
+        entries = self._waiting._lines[self._waiting._name(victim)]
         index = next(i for i, entry in enumerate(entries) if entry[2] is victim)
         entries.append(entries.pop(index))
 
@@ -517,7 +581,7 @@ def something_remembers_the_run_before(patch: Patch) -> None:
     calls: list[int] = []
     allocate = KVPool.allocate
 
-    def moody(self: KVPool, count: int, now_s: float) -> list[int]:
+    def moody(self: KVPool, count: int, now_s: float, owner: int = 0) -> list[int]:
         calls.append(count)
         blocks = allocate(self, count, now_s)
         return blocks[::-1] if len(calls) % 7 == 0 else blocks
@@ -533,7 +597,7 @@ def test_the_seeds_pass_without_a_mutant() -> None:
 def test_a_mutant_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mutate, checks = MUTANTS[name]
     mutate(monkeypatch)
-    found = first_failure(range(SEEDS_MAX))
+    found = first_failure(swapping_seeds() if name in SWAPPING else range(SEEDS_MAX))
     assert found is not None, f"no seed below {SEEDS_MAX} finds it"
     assert found[1].startswith(tuple(checks.split("|"))), found
 

@@ -31,6 +31,7 @@ class PreemptReason(StrEnum):
     """Why a running sequence gave its KV back."""
 
     KV_EXHAUSTED = "kv_exhausted"  # a higher-ranked sequence needed a block
+    KV_LOST = "kv_lost"  # its copy from the host failed
     OUTRANKED = "outranked"  # a higher-ranked one that waited took its place
 
 

@@ -46,10 +46,10 @@ class HostKV:
             self._flying.append((copy, self._thread.submit(self._make, copy, mark)))
 
     def wait(self, copy_ids: Sequence[int]) -> None:
-        """Until these are done. Raises what broke one of them."""
+        """Until these are done. Raises what broke one that the step is to read."""
         for copy, future in list(self._flying):
-            if copy.copy_id in copy_ids:
-                future.result()
+            if copy.copy_id in copy_ids and (error := future.exception()) and copy.direction is Direction.IN:
+                raise error
 
     def take(self) -> list[CopyDone]:
         """What is done by now, told once."""

@@ -169,10 +169,20 @@ class Books:
         stats.kv_blocks_cached = self._pool.parked_count
         stats.kv_blocks_used = self._pool.held_count
         if self._swapping is not None:
-            stats.host_kv_blocks_used = self._swapping.host_used
+            self._count_swapping(self._swapping, stats)
         stats.kv_blocks_pinned = self._pins.block_count
         stats.pins = len(self._pins)
         return stats
+
+    def _count_swapping(self, swapping: Swapping, stats: ReplicaStats) -> None:
+        """Who is loaded waits, for a copy."""
+        stats.host_kv_blocks_used = swapping.host_used
+        if loading := len(swapping.loading):
+            reasons = stats.waiting_by_reason
+            stats.waiting += loading
+            stats.waiting_tokens += sum(sequence.total_len for sequence in swapping.loading.values())
+            copying = WaitReason.KV_COPY.value
+            stats.waiting_by_reason = {**reasons, copying: reasons.get(copying, 0) + loading}
 
     def check_invariants(self) -> None:
         """Raises AssertionError. O(sequences + blocks); tests call it after every step."""

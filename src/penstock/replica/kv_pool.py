@@ -67,6 +67,10 @@ class KVPool:
         """How many of `blocks` are parked. Changes nothing."""
         return sum(self._holders[block] == 0 for block in blocks)
 
+    def sole(self, blocks: SequenceOf[int]) -> int:
+        """How many of `blocks` have one holder. Changes nothing."""
+        return sum(self._holders.get(block, 1) == 1 for block in blocks)
+
     def was_evicted(self, key: bytes) -> bool:
         return key in self._evicted
 

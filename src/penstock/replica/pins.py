@@ -125,7 +125,7 @@ class Pins:
         for pin in [pin for pin in self._overdue.values() if not awaited(pin.program)]:
             self._end(pin, PinEvent.EXPIRED, now_s)
             ended = True
-        while self.due_s <= now_s:
+        while self.due_s < now_s:  # who returns at the last instant is in time
             until_s, _, pin = heapq.heappop(self._expiries)
             if awaited(pin.program):
                 self._overdue[pin.program] = pin
@@ -141,7 +141,7 @@ class Pins:
         assert len(self._blocks) <= self._pool.block_count
         assert all(pin.is_held and key == pin.program for key, pin in self._by_program.items())
         assert self._overdue.items() <= self._by_program.items()
-        assert all(pin.until_s <= now_s for pin in self._overdue.values())
+        assert all(pin.until_s < now_s for pin in self._overdue.values())
 
     def _end(self, pin: Pin, why: PinEvent, now_s: float) -> None:
         pin.is_held = False

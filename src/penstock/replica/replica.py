@@ -263,7 +263,7 @@ class Replica(Results):
         return self._pins.sacrifice(now_s, refusal.candidate.sequence.request.program)
 
     def _expire_pins(self, now_s: float) -> None:
-        if self._pins.due_s <= now_s or self._pins.has_overdue:
+        if self._pins.due_s < now_s or self._pins.has_overdue:
             if self._pins.expire(now_s, self._waiting.has_turn_of):
                 self._standing_steps = 0  # there is room that there was not
 

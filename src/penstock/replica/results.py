@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from penstock.core.events import ReplicaEvent, TokenOut
-from penstock.core.reasons import FinishReason
+from penstock.core.events import Preempted, ReplicaEvent, TokenOut
+from penstock.core.reasons import FinishReason, PreemptReason
 from penstock.core.step import Chunk, StepPlan, StepResult
 from penstock.policies.view import StepFacts
 from penstock.replica.books import Books
@@ -62,6 +62,9 @@ class Results(Books):
 
     def _put_back(self, sequence: Sequence, now_s: float) -> None:
         """What it was to be loaded with is gone; it waits to be computed again."""
+        lost = sequence.computed
+        self._stats.preempted_tokens_total[PreemptReason.KV_LOST.value] += lost
+        self._events.append(Preempted(sequence.request.id, now_s, PreemptReason.KV_LOST, lost))
         self._pool.release(sequence.blocks, sequence.published_blocks, sequence.request, now_s)
         if self._pool.in_groups:
             self._pool.drop_tail(sequence.seq_id)

@@ -80,8 +80,8 @@ class Swapping:
 
     @property
     def blocks_guarded(self) -> int:
-        """Blocks that will be free when the copies under way are done."""
-        return sum(len(flight.blocks) for flight in self._flights.values())
+        """Blocks that will be available when the copies under way are done: nobody else holds them."""
+        return sum(self._pool.sole(flight.blocks) for flight in self._flights.values())
 
     @property
     def host_used(self) -> int:

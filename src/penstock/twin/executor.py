@@ -82,9 +82,10 @@ class Gaps(Sequence[float]):
 class _Member:
     """A request the executor knows, from its first start until it has finished."""
 
-    __slots__ = ("decodes", "joined", "offset", "stop_clock", "stop_len", "times", "total_len")
+    __slots__ = ("decodes", "joined", "offset", "seq_id", "stop_clock", "stop_len", "times", "total_len")
 
-    def __init__(self, times: TokenTimes, stop_len: int) -> None:
+    def __init__(self, seq_id: int, times: TokenTimes, stop_len: int) -> None:
+        self.seq_id = seq_id
         self.times = times
         self.stop_len = stop_len  # total length at which it ends by itself
         self.total_len = 0  # known tokens when it was last started
@@ -104,7 +105,7 @@ class ModelledExecutor:
 
     def __init__(self, cost: CostModel, output_lens: Mapping[str, int], link: HostLink | None = None) -> None:
         self._cost = cost
-        self._link = link  # needed where plans have copies
+        self.link = link  # needed where plans have copies
         self._output_lens = output_lens
         self._members: dict[int, _Member] = {}
         self._seq_ids: dict[str, int] = {}
@@ -128,7 +129,7 @@ class ModelledExecutor:
                 self._stop_decoding(self._members[seq_id])
         for start in plan.starts:
             self._begin(start)
-        stalled_s = 0.0 if self._link is None else self._copy(plan, self._link)
+        stalled_s = 0.0 if self.link is None else self._copy(plan, self.link)
         if not plan.token_count:
             return StepResult(None, copied=self._copied(), stalled_s=stalled_s)
         began_s = self.now_s
@@ -157,19 +158,19 @@ class ModelledExecutor:
     def _copy(self, plan: StepPlan, link: HostLink) -> float:
         """Begin the plan's copies, and wait for those it needs. Returns how long that took."""
         began_s = self.now_s
-        link.begin(plan.copies, began_s)
+        link.begin(plan.copies, plan.waits, began_s)
         if plan.waits:
             self.now_s = max(began_s, link.done_s(plan.waits))
         return self.now_s - began_s
 
     def _copied(self) -> Sequence[CopyDone]:
-        return () if self._link is None else self._link.take(self.now_s)
+        return () if self.link is None else self.link.take(self.now_s)
 
     def _begin(self, start: SequenceStart) -> None:
         member = self._members.get(start.seq_id)
         if member is None:
             stop_len = start.prompt_len + self._output_lens.get(start.request_id, 1 << 60)
-            member = _Member(TokenTimes(self._tape), stop_len)
+            member = _Member(start.seq_id, TokenTimes(self._tape), stop_len)
             self._members[start.seq_id] = member
             self._seq_ids[start.request_id] = start.seq_id
         member.total_len = start.total_len
@@ -199,8 +200,6 @@ class ModelledExecutor:
             if member.total_len == member.stop_len:
                 stopped.append(chunk.seq_id)
             self._decode_from(member, member.total_len - 1)
-            if member.stop_len < 1 << 59:
-                heapq.heappush(self._stops, (member.stop_clock, chunk.seq_id))
         return stopped
 
     def _decode_steps(self, plan: StepPlan) -> int:
@@ -210,7 +209,7 @@ class ModelledExecutor:
             limit = min(limit, max(1, self._stops[0][0] - self._clock))
         self._look_closely(StepWork((), decodes, self._context + decodes * limit, decodes))
         now_s, horizon_s, tape, done, count = self.now_s, self.horizon_s, self._tape, 0, 1
-        horizon_s = min(horizon_s, plan.until_s, _FOREVER if self._link is None else self._link.next_s)
+        horizon_s = min(horizon_s, plan.until_s, _FOREVER if self.link is None else self.link.next_s)
         while done < limit and (now_s < horizon_s or not done):
             context = self._context + decodes * (done + 1)
             for seconds in self._cost.decode_seconds(decodes, context, count):
@@ -258,6 +257,8 @@ class ModelledExecutor:
         member.offset = computed_len - self._clock
         member.joined = len(self._tape)
         member.stop_clock = member.stop_len - 1 - member.offset
+        if member.stop_len < 1 << 59:
+            heapq.heappush(self._stops, (member.stop_clock, member.seq_id))
         self._context += computed_len
 
     def _stop_decoding(self, member: _Member) -> None:

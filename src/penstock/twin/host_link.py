@@ -26,6 +26,7 @@ class HostLink:
         self._bytes_per_s = bytes_per_s
         self._flying: deque[tuple[float, CopyDone]] = deque()  # with the instant at which each is done
         self._free_s = 0.0
+        self.failures_due = 0  # so many of the next copies that no step waits for at once fail
 
     @property
     def next_s(self) -> float:
@@ -36,11 +37,13 @@ class HostLink:
         launches = len(copy.extents) * self._layers
         return launches * self._launch_s + copy.block_count * self._block_bytes / self._bytes_per_s
 
-    def begin(self, copies: Sequence[Copy], now_s: float) -> None:
+    def begin(self, copies: Sequence[Copy], waits: Sequence[int], now_s: float) -> None:
         for copy in copies:
             seconds = self.seconds(copy)
             self._free_s = max(self._free_s, now_s) + seconds
-            self._flying.append((self._free_s, CopyDone(copy.copy_id, seconds)))
+            fails = self.failures_due > 0 and copy.copy_id not in waits
+            self.failures_due -= fails
+            self._flying.append((self._free_s, CopyDone(copy.copy_id, seconds, not fails)))
 
     def done_s(self, copy_ids: Sequence[int]) -> float:
         """When the last of these is done; they are under way."""

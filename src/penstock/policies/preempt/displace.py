@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 from penstock.core.reasons import WaitReason
 from penstock.core.units import ceil_div
 from penstock.policies.preempt import Preempt
 from penstock.policies.view import Refusal, ReplicaView, SequenceView
+
+# Two steps at once would need two orders of copies.
+NO_LANES: Final = dict.fromkeys(("static", "semi-pd", "nexus"), "copies of KV run beside one step, not two")
 
 
 class Displacing(Preempt):
@@ -23,7 +27,9 @@ class Displacing(Preempt):
 
     def victim(self, needy: SequenceView, view: ReplicaView, now_s: float) -> SequenceView:
         for sequence in reversed(view.running):
-            if sequence is needy or not self._is_spared(sequence):
+            if sequence is needy:
+                break  # it does not yield to those behind it
+            if not self._is_spared(sequence):
                 return sequence
         return view.running[-1]
 

@@ -10,7 +10,7 @@ from penstock.policies.context import Context
 from penstock.policies.estimate.copy_times import CopyTimes
 from penstock.policies.estimate.step_time import StepTimes, chunk_pairs
 from penstock.policies.preempt import PREEMPT, CopySize, Manner
-from penstock.policies.preempt.displace import Displacing
+from penstock.policies.preempt.displace import NO_LANES, Displacing
 from penstock.policies.view import ReplicaView, SequenceView
 
 
@@ -36,6 +36,7 @@ class FastSwitch(Displacing):
     """
 
     Options = FastSwitchOptions
+    conflicts = NO_LANES
     swaps = True
 
     def __init__(self, context: Context, options: FastSwitchOptions) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from penstock.policies.base import NoOptions
 from penstock.policies.context import Context
 from penstock.policies.preempt import PREEMPT, CopySize, Manner
-from penstock.policies.preempt.displace import Displacing
+from penstock.policies.preempt.displace import NO_LANES, Displacing
 from penstock.policies.view import ReplicaView, SequenceView
 
 
@@ -18,6 +18,7 @@ class Swap(Displacing):
     victim is computed again. Reads `running`, `blocks_available`. O(victims).
     """
 
+    conflicts = NO_LANES
     swaps = True
     copies_runs = False
 

@@ -63,6 +63,7 @@ def requests_of(call: Call, output_tokens: int, system: System) -> list[Request]
             sampling=SamplingParams(temperature=0.0, seed=index),
             tenant=call.tenant,
             priority=call.priority,
+            session_id=call.session or None,
             cache_salt=call.salt,
             leader_id=names[0] if index else None,
         )

@@ -16,6 +16,7 @@ from penstock.twin.vopr.script import Call, Fault, FaultKind, Script, System
 
 CALLS_MAX = 40
 FAULTS_OF_A_KIND_MAX = 6
+LANES_FRAC = 0.2  # of the systems have two lanes, perhaps
 _BLOCK_TOKENS = (1, 2, 3, 4, 4, 8, 16)
 
 
@@ -41,7 +42,7 @@ def _draw_system(draw: random.Random) -> System:
     context_len = draw.randint(4, max(5, min(160, 2 * kv_blocks * block_tokens)))
     slots = _draw_policies(draw)
     system = System(
-        exact=draw.random() < 0.7,
+        exact=draw.random() < 0.7 or slots["lanes"] != "none",
         kv_blocks=kv_blocks,
         block_tokens=block_tokens,
         running_max=draw.randint(1, 8),
@@ -59,6 +60,7 @@ def _draw_system(draw: random.Random) -> System:
         compose=slots["compose"],
         preempt=slots["preempt"],
         retain=slots["retain"],
+        lanes=slots["lanes"],
     )
     return _with_bounds(draw, system)
 
@@ -67,6 +69,8 @@ def _draw_policies(draw: random.Random) -> dict[str, str]:
     """One policy a slot; drawn again as long as two of them conflict."""
     while True:
         slots = {slot: draw.choice(registry.names()) for slot, registry in REGISTRIES.items()}
+        if draw.random() >= LANES_FRAC:
+            slots["lanes"] = "none"
         if not conflict_in(slots):
             return slots
 
@@ -87,7 +91,18 @@ def _with_bounds(draw: random.Random, system: System) -> System:
         system = replace(system, kv_lost_blocks=draw.randint(1, max(1, system.kv_blocks // 2)))
     if draw.random() < 0.3:
         system = replace(system, stall_s=draw.choice((0.1, 0.5)))
-    return system
+    swaps = REGISTRIES["preempt"].entry(system.preempt).make.swaps and system.lanes == "none"
+    return _with_host(draw, system) if swaps else system
+
+
+def _with_host(draw: random.Random, system: System) -> System:
+    """Host memory of a policy that swaps: mostly some, seldom enough."""
+    return replace(
+        system,
+        host_kv_blocks=draw.choice((0, 1, 4, system.kv_blocks, 4 * system.kv_blocks)),
+        kv_group_tokens=draw.choice((0, 1, 3, 4)) * system.block_tokens,
+        copy_block_s=draw.choice((0.0, 0.1, 1.0)) * system.step_base_s,
+    )
 
 
 # ---- the load ---------------------------------------------------------------------------------------------
@@ -115,6 +130,7 @@ _FEATURES = (
     "deadlines",
     "extremes",
     "unkeyed",
+    "sessions",
 )
 
 
@@ -138,6 +154,8 @@ def _draw_call(draw: random.Random, system: System, features: set[str], index: i
         call = replace(call, deadline_s=draw.expovariate(1.0) * 30 * system.step_base_s + 1e-3)
     if "unkeyed" in features:
         call = replace(call, keyed=draw.random() < 0.5)
+    if "sessions" in features:
+        call = replace(call, session=draw.choice(("", f"s{call.stem}", f"s{call.stem}")))
     return call
 
 

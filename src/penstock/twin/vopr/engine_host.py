@@ -17,6 +17,7 @@ from penstock.policies.stack import make_stack
 from penstock.replica.limits import ReplicaLimits
 from penstock.replica.replica import Replica
 from penstock.twin.executor import ModelledExecutor
+from penstock.twin.host_link import NEVER, HostLink
 from penstock.twin.vopr.checkers import Checkers
 from penstock.twin.vopr.faults import FaultyCost, StepFaults
 from penstock.twin.vopr.journal import Journal
@@ -69,6 +70,9 @@ class EngineHost:
             system.context_len,
             system.prefix_cache,
             system.repeat,
+            host_kv_blocks=system.host_kv_blocks,
+            kv_group_tokens=system.kv_group_tokens,
+            kv_block_bytes=1,
         )
         self.cost = FaultyCost(system)
         self.faults = StepFaults()
@@ -82,8 +86,20 @@ class EngineHost:
         self._start_afresh()
 
     @property
-    def is_stepping(self) -> bool:
-        return self._step is not None
+    def may_begin(self) -> bool:
+        return self._step is None
+
+    def is_running(self, number: int) -> bool:
+        """Whether the step with this number goes on; they count from 1."""
+        return number == self.steps
+
+    def begin_steps(self, now_s: float, horizon_s: float) -> list[tuple[int, float]]:
+        """Number and end of every step that begins."""
+        ends_s = self.begin(now_s, horizon_s)
+        return [] if ends_s is None else [(self.steps, ends_s)]
+
+    def complete_step(self, number: int, now_s: float) -> bool:
+        return self.complete(now_s)
 
     def still_s(self, now_s: float) -> float:
         """For how long the heartbeat has stood still: it beats between steps, idle or busy."""
@@ -149,6 +165,13 @@ class EngineHost:
         self._inbox.clear()
         self._checkers.engine_died()
 
+    def fail_copy(self) -> None:
+        """The next copy beside the steps will not succeed."""
+        executor = self._executor
+        host = executor.link if isinstance(executor, ModelledExecutor) else executor.host
+        if host is not None:
+            host.failures_due += 1
+
     def take_events(self) -> list[ReplicaEvent]:
         events, self.events = self.events, []
         return events
@@ -195,12 +218,18 @@ class EngineHost:
         self.restarts += 1
         self._start_afresh()
 
+    def _make_link(self) -> HostLink | None:
+        if not self._system.host_kv_blocks:
+            return None
+        block_s = self._system.copy_block_s
+        return HostLink(1, 1, 0.0, 1.0 / block_s if block_s else NEVER)
+
     def _start_afresh(self) -> None:
         self._replica = Replica(self._limits, make_stack(self._system.policies))
         self._executor: StrictExecutor | ModelledExecutor = (
             StrictExecutor(self._system.block_tokens, self.cost, self._checkers.block_computed)
             if self._system.exact
-            else ModelledExecutor(self.cost, self._output_lens)
+            else ModelledExecutor(self.cost, self._output_lens, self._make_link())
         )
         self._audit = PlanAudit(self._system)
         self._checkers.engine_restarted()

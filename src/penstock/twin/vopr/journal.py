@@ -39,7 +39,8 @@ class Journal:
     def plan(self, plan: StepPlan) -> None:
         chunks = [(chunk.seq_id, chunk.start, chunk.count) for chunk in plan.chunks]
         starts = [(start.request_id, start.seq_id, start.cached_len, start.blocks) for start in plan.starts]
+        copies = f" copies {list(plan.copies)} waits {list(plan.waits)}" if plan.copies or plan.waits else ""
         self.note(
             f"step {plan.index}: chunks {chunks} decodes {plan.decode_count}x{plan.repeat} starts {starts} "
-            f"ends {plan.ends} paused {sorted(plan.paused)} blocks {plan.new_blocks}"
+            f"ends {plan.ends} paused {sorted(plan.paused)} blocks {plan.new_blocks}{copies}"
         )

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Final
 
 from penstock.core.step import SequenceStart, StepPlan, StepResult
 from penstock.twin.vopr.failure import require
 from penstock.twin.vopr.script import System
+
+BUDGET_IS_FOR_PROMPTS: Final = ("selective-batching",)  # composes that take every decode besides
 
 
 @dataclass(slots=True)
@@ -33,6 +36,7 @@ class PlanAudit:
         self._rows: dict[int, _Row] = {}
         self._holders: Counter[int] = Counter()
         self._last_index = -1
+        self._guarded: dict[int, set[int]] = {}  # copy_id → device blocks, while it is under way
 
     def before(self, plan: StepPlan, output_ends: dict[str, int]) -> None:
         """`output_ends`: for each request, the length at which its output must end."""
@@ -45,6 +49,11 @@ class PlanAudit:
         for seq_id, blocks in plan.new_blocks:
             require(seq_id in self._rows, "plan", f"sequence {seq_id} gets a block and is not here")
             self._hold(self._rows[seq_id], blocks)
+        for copy in plan.copies:
+            extents = copy.extents
+            self._guarded[copy.copy_id] = {d + i for d, _, count in extents for i in range(count)}
+        for copy_id in plan.waits:
+            self._guarded.pop(copy_id, None)
         require(len(self._rows) <= self._system.running_max, "running-max", f"{len(self._rows)} run at once")
         self._check_chunks(plan)
         self._check_decodes(plan)
@@ -52,6 +61,8 @@ class PlanAudit:
 
     def after(self, plan: StepPlan, result: StepResult) -> None:
         """Move the books on by what was computed."""
+        for done in result.copied:
+            self._guarded.pop(done.copy_id, None)
         decoders = [] if not plan.decode_count else self._decoders(plan)
         for row in decoders:
             row.computed += result.steps
@@ -67,7 +78,8 @@ class PlanAudit:
         require(start.seq_id not in self._rows, "plan", f"sequence {start.seq_id} starts while it runs")
         size = self._system.block_tokens
         require(0 <= start.cached_len < start.total_len, "plan", f"{start!r} has nothing to compute")
-        require(start.cached_len % size == 0, "plan", f"{start!r} shares part of a block")
+        if not self._system.host_kv_blocks:  # what the host had may end within a block
+            require(start.cached_len % size == 0, "plan", f"{start!r} shares part of a block")
         row = _Row(start.total_len, start.cached_len, [], output_end)
         self._rows[start.seq_id] = row
         self._hold(row, list(start.blocks))
@@ -103,6 +115,9 @@ class PlanAudit:
         decoders = self._decoders(plan)
         require(plan.decode_count in (0, len(decoders)), "plan", f"{plan.decode_count} decodes, not all")
         require(plan.repeat >= 1, "plan", "a plan stands for no step")
+        if not plan.token_count:
+            require(bool(plan.waits) and plan.repeat == 1, "plan", "a step that computes and awaits nothing")
+            return
         if not plan.decode_count:
             require(bool(plan.chunks) and plan.repeat == 1, "plan", "a step that computes nothing")
             return
@@ -119,10 +134,13 @@ class PlanAudit:
         require(stop <= len(row.blocks) * size, "plan", f"no block for position {stop - 1}")
         written = row.blocks[start // size : -(-stop // size)]
         require(all(self._holders[block] == 1 for block in written), "kv-private", f"{written} are shared")
+        guarded = [copy_id for copy_id, blocks in self._guarded.items() if not blocks.isdisjoint(written)]
+        require(not guarded, "kv-guard", f"{written} are written beside copies {guarded}")
 
     def _check_size(self, plan: StepPlan) -> None:
         """The step's budget; only a lone chunk may exceed it (policies that do not cut prompts)."""
-        is_mixed = len(plan.chunks) > 1 or (plan.chunks and plan.decode_count)
-        if is_mixed:
-            fits = plan.token_count <= self._system.step_tokens
-            require(fits, "step-budget", f"{plan.token_count} tokens in a step of {self._system.step_tokens}")
+        decodes = 0 if self._system.compose in BUDGET_IS_FOR_PROMPTS else plan.decode_count
+        if len(plan.chunks) > 1 or (plan.chunks and decodes):
+            tokens = sum(chunk.count for chunk in plan.chunks) + decodes
+            fits = tokens <= self._system.step_tokens
+            require(fits, "step-budget", f"{tokens} tokens in a step of {self._system.step_tokens}")

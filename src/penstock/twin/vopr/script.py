@@ -17,6 +17,7 @@ class FaultKind(StrEnum):
     CRASH = "crash"  # the next step raises before it has computed anything
     CRASH_AFTER = "crash-after"  # the next step raises after it has computed everything
     MEMORY = "memory"  # the next step cannot allocate
+    COPY = "copy"  # the next copy of KV beside the steps fails
     KILL = "kill"  # the engine's process is gone
     JUMP = "jump"  # the clock jumps `seconds` forward, as after a suspended machine
     CANCEL = "cancel"  # the client of call `target` leaves, for `reason`
@@ -44,6 +45,9 @@ class System:
     preempt: str = "youngest-recompute"
     retain: str = "lru"
     lanes: str = "none"
+    host_kv_blocks: int = setting(0, "KV blocks in host memory, for policies that swap", low=0, high=65536)
+    kv_group_tokens: int = setting(0, "as `replica.kv_group_tokens`", low=0, high=65536)
+    copy_block_s: float = setting(0.001, "how long a block is copied, with lengths only", low=0.0, high=10.0)
     queue_requests_max: int = setting(1024, "as `desk.queue_requests_max`", low=0, high=65536)
     queue_tokens_max: int = setting(1 << 20, "as `desk.queue_tokens_max`", low=1, high=1 << 30)
     queue_wait_s_max: float = setting(120.0, "as `desk.queue_wait_s_max`", low=0.1, high=1e6)
@@ -85,6 +89,7 @@ class Call:
     keyed: bool = setting(True, "with lengths only: whether the prompt's block keys are known")
     salt: str = ""
     tenant: str = "default"
+    session: str = ""
     priority: int = setting(0, "lower first", low=-1000, high=1000)
     deadline_s: float = setting(0.0, "the client's patience from arrival; 0: endless", low=0.0, high=1e6)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from penstock.core.errors import ConfigError
-from penstock.policies.stack import make_stack
+from penstock.policies.stack import lanes_split, make_stack
 from penstock.twin.vopr.script import Call, Fault, Script, System
 
 SCRIPT_BYTES_MAX = 4 << 20
@@ -133,6 +133,10 @@ def _value(wanted: Any, item: Field[Any], value: Any, where: str) -> Any:
 
 
 def _check_policies(system: System) -> None:
+    if lanes_split(system.policies) and not system.exact:
+        raise _wrong("system.exact", "must be true where there are lanes")
+    if lanes_split(system.policies) and system.host_kv_blocks:
+        raise _wrong("system.host_kv_blocks", "must be 0 where there are lanes")
     make_stack(system.policies)  # raises with the nearest names, or for policies that conflict
 
 

@@ -15,6 +15,7 @@ from penstock.twin.costs.model import CostModel
 from penstock.twin.costs.work import StepWork
 from penstock.twin.vopr.content import fold, folds, next_token
 from penstock.twin.vopr.failure import CheckFailed, require
+from penstock.twin.vopr.strict_host import StrictHost
 
 OnBlock = Callable[[str, int], None]
 
@@ -36,18 +37,12 @@ class StrictExecutor:
         self._kv: dict[int, list[int]] = {}  # block → what its slots hold; 0: never written
         self._live: dict[int, _Live] = {}
         self._decoding: dict[int, None] = {}
+        self.host = StrictHost(self._kv)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Raises CheckFailed where the plan reads KV that is not what it should be."""
-        for seq_id in plan.ends:
-            self._live.pop(seq_id)
-            self._decoding.pop(seq_id, None)
-        for start in plan.starts:
-            require(start.tokens is not None, "plan", "a sequence starts without its tokens")
-            assert start.tokens is not None
-            self._live[start.seq_id] = _Live(start, folds(start.tokens), list(start.blocks))
-        for seq_id, blocks in plan.new_blocks:
-            self._live[seq_id].blocks += blocks
+        self._take_in(plan)
+        copied = self.host.begin(plan)
         decodes = [seq_id for seq_id in self._decoding if plan.decode_count and seq_id not in plan.paused]
         tokens: dict[int, int] = {}
         prefills = [(chunk.count, chunk.start + chunk.count) for chunk in plan.chunks]
@@ -57,16 +52,29 @@ class StrictExecutor:
         for seq_id in decodes:
             self._compute(Chunk(seq_id, len(self._live[seq_id].values) - 1, 1, True), tokens)
         work = StepWork(prefills, len(decodes), context, len(tokens))
-        return StepResult(tokens, duration_s=self._cost.seconds(work))
+        copied += self.host.end()
+        return StepResult(tokens, duration_s=self._cost.seconds(work), copied=copied)
+
+    def _take_in(self, plan: StepPlan) -> None:
+        for seq_id in plan.ends:
+            self._live.pop(seq_id)
+            self._decoding.pop(seq_id, None)
+        for start in plan.starts:
+            require(start.tokens is not None, "plan", "a sequence starts without its tokens")
+            assert start.tokens is not None
+            self._live[start.seq_id] = _Live(start, folds(start.tokens), list(start.blocks))
+        for seq_id, blocks in plan.new_blocks:
+            self._live[seq_id].blocks += blocks
 
     def _compute(self, chunk: Chunk, tokens: dict[int, int]) -> None:
         live = self._live[chunk.seq_id]
-        stop = chunk.start + chunk.count
         self._check_history(live, chunk.start)
-        self._write(live, chunk.start, stop)
-        if not chunk.emits:
-            return
-        token = next_token(live.values[stop - 1], live.start.sampling.seed)
+        self._write(live, chunk.start, chunk.start + chunk.count)
+        if chunk.emits:
+            self._emit(live, chunk, tokens)
+
+    def _emit(self, live: _Live, chunk: Chunk, tokens: dict[int, int]) -> None:
+        token = next_token(live.values[chunk.start + chunk.count - 1], live.start.sampling.seed)
         live.values.append(fold(live.values[-1], token))
         tokens[chunk.seq_id] = token
         self._decoding[chunk.seq_id] = None

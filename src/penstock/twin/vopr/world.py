@@ -17,10 +17,11 @@ from penstock.core.events import ReplicaEvent
 from penstock.core.reasons import CancelReason
 from penstock.twin.vopr.checkers import Checkers
 from penstock.twin.vopr.draw import stream
-from penstock.twin.vopr.engine_host import Cancel, Command, EngineHost
+from penstock.twin.vopr.engine_host import Cancel, Command
 from penstock.twin.vopr.failure import CheckFailed, require
 from penstock.twin.vopr.front import Front
 from penstock.twin.vopr.journal import Journal
+from penstock.twin.vopr.laned_host import make_host
 from penstock.twin.vopr.script import Call, Fault, FaultKind, Script
 
 # What may happen in a run at most: a token takes a step and a message, some of them more than once.
@@ -54,7 +55,7 @@ class World:
         self.journal = Journal()
         self.checkers = Checkers(system)
         self.front = Front(system, self._send, self._engine_still_s, self.checkers, self.journal)
-        self.engine = EngineHost(system, self.front.output_lens, self.checkers, self.journal)
+        self.engine = make_host(system, self.front.output_lens, self.checkers, self.journal)
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
         self._scheduled = 0
         self._now_s = 0.0
@@ -114,7 +115,9 @@ class World:
 
     def _strike(self, fault: Fault) -> None:
         self.journal.note(f"fault {fault.kind} {fault.target}")
-        if fault.kind in _FAULTS_OF_A_STEP:
+        if fault.kind is FaultKind.COPY:
+            self.engine.fail_copy()
+        elif fault.kind in _FAULTS_OF_A_STEP:
             self.engine.faults.arm(fault)
         elif fault.kind is FaultKind.SLOW:
             self._slow_seen += 1
@@ -158,7 +161,7 @@ class World:
         if self.engine.is_dead:
             return
         self.engine.obey(command, self._now_s)
-        if not self.engine.is_stepping:
+        if self.engine.may_begin:
             self._turn()
 
     def _turn(self) -> None:
@@ -167,16 +170,15 @@ class World:
         engine.drain(now_s)
         self._report()
         horizon_s = self._agenda[0][0] if self._agenda else math.inf
-        ends_s = engine.begin(now_s, max(now_s, horizon_s))
-        if ends_s is not None:
+        for number, ends_s in engine.begin_steps(now_s, max(now_s, horizon_s)):
             self._count_step()
-            self._at(ends_s, partial(self._end_step, engine.steps))
+            self._at(ends_s, partial(self._end_step, number))
 
     def _end_step(self, number: int) -> None:
         engine = self.engine
-        if engine.is_dead or number != engine.steps:
+        if engine.is_dead or not engine.is_running(number):
             return  # killed meanwhile
-        if engine.complete(self._now_s):
+        if engine.complete_step(number, self._now_s):
             self._turn()
         else:
             self._report()
