@@ -10,8 +10,11 @@ from fake_link import FakeLink, make_info
 from served import Running, make_settings, wait_until
 from test_metrics import scrape
 
+from penstock.core.events import Preempted
 from penstock.core.metrics import Slo
+from penstock.core.reasons import PreemptReason
 from penstock.core.settings import PolicySettings, TenantSettings
+from penstock.replica.messages import ReplicaStats, StepReport
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "fake", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "temperature": 0}
@@ -114,3 +117,21 @@ def test_the_labels_are_bounded(serve: Callable[..., Running]) -> None:
     labels = {key.split()[-1] for key in values if key.startswith("penstock:tenant_requests_running")}
     assert len(labels) == 65 and "other" in labels
     assert values["penstock:tenant_service_tokens_total output other"] == 16
+
+
+def test_a_preemption_storm_is_counted_and_logged(
+    serve: Callable[..., Running], caplog: pytest.LogCaptureFixture
+) -> None:
+    running = serve(link=FakeLink(step_s=0.01))
+    stream = running.openai().chat.completions.create(
+        model="fake", messages=BODY["messages"], max_tokens=2000, stream=True
+    )
+    next(iter(stream))
+    name = running.link.submitted[0].id
+    events: list[Any] = [Preempted(name, 0.0, PreemptReason.OUTRANKED, 100, "boss") for _ in range(12)]
+    running.link._report(StepReport(events, ReplicaStats(step_index=1 << 30, step_tokens=64)))
+    wait_until(lambda: scrape(running).get("penstock:preemption_storms_total outranked") == 1, "it is told")
+    stream.close()
+    running.wait_idle()
+    told = next(record.message for record in caplog.records if "preemption storm" in record.message)
+    assert f"most often {name} (12 times)" in told and "mostly for boss" in told
