@@ -29,6 +29,12 @@ class ContinuumOptions:
         "`cdf`: as long as the tool's gaps say that it pays; `mean`: 2 s unless its mean gap is longer; "
         "`forever`: until the room is needed",
     )
+    slack_frac: float = setting(
+        0.1,
+        "share by which a pin outlasts the gap that `cdf` chose: gaps repeat, but not exactly",
+        low=0.0,
+        high=10.0,
+    )
     pin_s_max: float = setting(300.0, "longest pin, also when a client asks, seconds", low=0.0, high=86_400.0)
 
 
@@ -84,7 +90,7 @@ class Continuum(Lru):
         costs, tokens, waiting = self._costs, sequence.computed_len, view.waiting_count
         saved_s = costs.reload_s(tokens) + costs.queue_delay_s + costs.reload_device_s(tokens) * waiting
         held_frac = sequence.block_count / view.block_count
-        return best_pin_s(gaps, saved_s, held_frac * waiting)
+        return best_pin_s(gaps, saved_s, held_frac * waiting) * (1.0 + self._options.slack_frac)
 
 
 def best_pin_s(gaps: GapSamples, saved_s: float, cost_rate: float) -> float:
