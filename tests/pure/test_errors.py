@@ -22,6 +22,7 @@ CATALOGUE: list[tuple[type[PenstockError], int, str, str | None, bool]] = [
     (errors.MethodNotAllowed, 405, "invalid_request_error", "method_not_allowed", False),
     (errors.RequestTimeout, 408, "invalid_request_error", "request_timeout", True),
     (errors.PayloadTooLarge, 413, "invalid_request_error", "payload_too_large", False),
+    (errors.ObjectNotFound, 404, "invalid_request_error", "not_found", False),
     (errors.UnsupportedMediaType, 415, "invalid_request_error", "unsupported_media_type", False),
     (errors.HeadersTooLarge, 431, "invalid_request_error", "headers_too_large", False),
     (errors.RateLimitExceeded, 429, "rate_limit_error", "rate_limit_exceeded", True),

@@ -13,6 +13,7 @@
     │   ├── HeadersTooLarge         request line and headers exceed the limit
     │   ├── UnsupportedMediaType    the body is not declared as JSON
     │   ├── RouteNotFound           no such path
+    │   ├── ObjectNotFound          no such file or batch of the caller's
     │   ├── MethodNotAllowed        the path exists, the method does not
     │   └── RequestTimeout          the body did not arrive in time
     ├── LimitError              the caller's own limit; later may work (429)
@@ -154,6 +155,13 @@ class UnsupportedMediaType(RequestError):
 
 class RouteNotFound(RequestError):
     """No such path."""
+
+    status = 404
+    code = "not_found"
+
+
+class ObjectNotFound(RequestError):
+    """No file or batch of that id belongs to the caller."""
 
     status = 404
     code = "not_found"

@@ -16,6 +16,7 @@ from starlette.responses import FileResponse, Response
 
 from penstock.core.errors import (
     InvalidRequest,
+    ObjectNotFound,
     Overloaded,
     RateLimitExceeded,
     RequestTimeout,
@@ -27,7 +28,7 @@ from penstock.gateway.batches.lines import ENDPOINTS
 from penstock.gateway.batches.multipart import MultipartReader, PartBegin, PartEnd, boundary_of
 from penstock.gateway.batches.records import BatchRecord, FileRecord, Purpose, Status
 from penstock.gateway.batches.schema import BatchRequest
-from penstock.gateway.batches.store import BatchStore, NotFound, new_batch_id
+from penstock.gateway.batches.store import BatchStore, new_batch_id
 from penstock.gateway.batches.worker import BatchWorker
 from penstock.gateway.body import parse_json_object, read_body
 from penstock.gateway.errors import from_validation
@@ -322,7 +323,7 @@ def _add_file_routes(app: FastAPI, api: BatchApi) -> None:
     async def upload_file(request: Request) -> Response:
         return await api.upload(request)
 
-    listing = describe(out.FileList, InvalidRequest, NotFound, is_keyed=True)
+    listing = describe(out.FileList, InvalidRequest, ObjectNotFound, is_keyed=True)
 
     @app.get("/v1/files", summary="List the files", openapi_extra=listing)
     async def list_files(request: Request) -> Response:
@@ -331,7 +332,7 @@ def _add_file_routes(app: FastAPI, api: BatchApi) -> None:
     @app.get(
         "/v1/files/{file_id}",
         summary="Describe one file",
-        openapi_extra=describe(out.FileObject, NotFound, is_keyed=True),
+        openapi_extra=describe(out.FileObject, ObjectNotFound, is_keyed=True),
     )
     async def file(request: Request, file_id: str) -> Response:
         return api.file(request, file_id)
@@ -339,12 +340,12 @@ def _add_file_routes(app: FastAPI, api: BatchApi) -> None:
     @app.get(
         "/v1/files/{file_id}/content",
         summary="The bytes of a file",
-        openapi_extra=describe(None, NotFound, is_keyed=True),
+        openapi_extra=describe(None, ObjectNotFound, is_keyed=True),
     )
     async def content(request: Request, file_id: str) -> Response:
         return api.content(request, file_id)
 
-    deleted = describe(out.FileDeleted, InvalidRequest, NotFound, is_keyed=True)
+    deleted = describe(out.FileDeleted, InvalidRequest, ObjectNotFound, is_keyed=True)
 
     @app.delete("/v1/files/{file_id}", summary="Delete a file", openapi_extra=deleted)
     async def delete(request: Request, file_id: str) -> Response:
@@ -358,7 +359,7 @@ def _add_batch_routes(app: FastAPI, api: BatchApi) -> None:
     async def create(request: Request) -> Response:
         return await api.create(request)
 
-    listing = describe(out.BatchList, InvalidRequest, NotFound, is_keyed=True)
+    listing = describe(out.BatchList, InvalidRequest, ObjectNotFound, is_keyed=True)
 
     @app.get("/v1/batches", summary="List the batches", openapi_extra=listing)
     async def list_batches(request: Request) -> Response:
@@ -367,12 +368,12 @@ def _add_batch_routes(app: FastAPI, api: BatchApi) -> None:
     @app.get(
         "/v1/batches/{batch_id}",
         summary="Where a batch stands",
-        openapi_extra=describe(out.BatchObject, NotFound, is_keyed=True),
+        openapi_extra=describe(out.BatchObject, ObjectNotFound, is_keyed=True),
     )
     async def batch(request: Request, batch_id: str) -> Response:
         return api.batch(request, batch_id)
 
-    cancelled = describe(out.BatchObject, InvalidRequest, NotFound, is_keyed=True)
+    cancelled = describe(out.BatchObject, InvalidRequest, ObjectNotFound, is_keyed=True)
 
     @app.post("/v1/batches/{batch_id}/cancel", summary="Stop a batch", openapi_extra=cancelled)
     async def cancel(request: Request, batch_id: str) -> Response:

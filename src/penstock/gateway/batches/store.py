@@ -25,10 +25,10 @@ from filelock import FileLock, Timeout
 from penstock.core.errors import (
     EnvironmentMissing,
     InvalidRequest,
+    ObjectNotFound,
     PayloadTooLarge,
     PenstockError,
     RateLimitExceeded,
-    RequestError,
 )
 from penstock.core.settings import BatchSettings
 from penstock.core.units import format_bytes
@@ -50,13 +50,6 @@ FULL_RETRY_S: Final = 60.0
 OUTPUT, ERRORS = ".output", ".errors"
 
 Kept = TypeVar("Kept", FileRecord, BatchRecord)
-
-
-class NotFound(RequestError):
-    """No file or batch of that id belongs to the caller."""
-
-    status = 404
-    code = "not_found"
 
 
 class BatchStore:
@@ -89,7 +82,7 @@ class BatchStore:
     # ---- files ----------------------------------------------------------------------------------------
 
     def file(self, file_id: str, tenant: str) -> FileRecord:
-        """Raises NotFound, also for another tenant's."""
+        """Raises ObjectNotFound, also for another tenant's."""
         return _owned(self.files, file_id, tenant, "file")
 
     def path_of(self, file: FileRecord) -> Path:
@@ -143,7 +136,7 @@ class BatchStore:
     # ---- batches --------------------------------------------------------------------------------------
 
     def batch(self, batch_id: str, tenant: str) -> BatchRecord:
-        """Raises NotFound, also for another tenant's."""
+        """Raises ObjectNotFound, also for another tenant's."""
         return _owned(self.batches, batch_id, tenant, "batch")
 
     def add_batch(self, batch: BatchRecord) -> None:
@@ -214,7 +207,7 @@ def _owned(records: dict[str, Kept], record_id: str, tenant: str, noun: str) -> 
     record = records.get(record_id)
     if record is None or record.tenant != tenant:
         shown = record_id if _SAFE_ID.fullmatch(record_id) else "?"
-        raise NotFound(f"There is no {noun} `{shown}`.", hint="List what there is.")
+        raise ObjectNotFound(f"There is no {noun} `{shown}`.", hint="List what there is.")
     return record
 
 
