@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 from fake_executor import FakeExecutor, expected_output
@@ -12,7 +14,7 @@ from penstock.core.events import Finished, TokenOut
 from penstock.core.reasons import CancelReason
 from penstock.core.request import Request
 from penstock.core.settings import PolicySettings
-from penstock.policies.context import Context
+from penstock.policies.context import Context, ServiceTerms
 from penstock.policies.estimate import programs
 from penstock.policies.estimate.gaps import SAMPLES_MIN, GapBelief, GapSamples
 from penstock.policies.estimate.programs import Programs
@@ -20,9 +22,12 @@ from penstock.policies.estimate.turn_costs import TurnCosts
 from penstock.policies.retain.continuum import COLD_PIN_S, best_pin_s
 from penstock.policies.stack import make_stack
 from penstock.policies.view import StepFacts
+from penstock.replica.journal import Journal, header
 from penstock.replica.limits import ReplicaLimits
+from penstock.replica.messages import ProgramLeft, ToolCalled
 from penstock.replica.replica import Replica
 from penstock.replica.sequence import Sequence
+from penstock.twin.exact import replay_journal
 
 BLOCK = 4
 
@@ -306,3 +311,55 @@ def test_a_stop_string_ends_a_turn_well_and_a_cancelled_one_pins_nothing() -> No
 def test_a_rule_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"continuum\.rule"):
         Host(rule="always")
+
+
+# ---- hints that come while a turn runs ----------------------------------------------------------------
+
+
+def test_a_program_that_left_gives_its_pin_back() -> None:
+    host = Host()
+    host.run(prompt("s", 12, session_id="s", pin_s=100.0))
+    host.replica.advise(ProgramLeft(("default", "nobody")), host.now_s)
+    assert host.replica.blocks_pinned > 0
+    host.replica.advise(ProgramLeft(("default", "s")), host.now_s)
+    assert host.replica.blocks_pinned == 0 and host.pins["released"] == 1
+
+
+def test_a_tool_that_the_answer_names_counts_for_its_gap() -> None:
+    host = Host()
+    host.submit(prompt("s", 12, session_id="s"))
+    host.step()
+    host.replica.advise(ToolCalled("s", "grep"), host.now_s)
+    host.replica.advise(ToolCalled("gone", "grep"), host.now_s)
+    while "s" not in host.cached:
+        host.step()
+    host.step()
+    host.submit(prompt("s2", 12, session_id="s"))
+    gaps = host.replica._stack.retain._gaps.own("grep")  # type: ignore[attr-defined]
+    assert gaps is not None and gaps.mean_s == 1.0
+
+
+def test_a_journal_keeps_the_hints(tmp_path: Path) -> None:
+    policies = PolicySettings(rank="program-fcfs", preempt="program", retain="continuum")
+    host, lines = Host(), []
+    journal = Journal(BLOCK, b"salt", lines.append)
+    request = prompt("s", 12, session_id="s", pin_s=30.0)
+    host.submit(request)
+    journal.submitted(request, host.now_s)
+    while True:
+        plan = host.replica.plan(host.now_s)
+        journal.planned(plan, host.now_s)
+        if plan is None:
+            break
+        journal.advised(ToolCalled("s", "grep"), host.now_s)
+        host.replica.advise(ToolCalled("s", "grep"), host.now_s)
+        result = host.executor.execute(plan)
+        host.now_s += 1.0
+        journal.completed(result, host.replica.complete(plan, result, host.now_s), host.now_s)
+    journal.advised(ProgramLeft(("default", "s")), host.now_s)
+    path = tmp_path / "journal.jsonl"
+    rows = [header(host.replica.limits, policies, ServiceTerms()), *lines]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    replayed = replay_journal(path)
+    assert replayed.difference is None and replayed.ends == 1
+    assert {row["call"] for row in lines} >= {"tool", "unpin"}
