@@ -89,7 +89,7 @@ class WaitingQueue:
 
     def refresh(self, now_s: float) -> None:
         """Bring the order up to date with the policy."""
-        version = self._rank.version(now_s)
+        version = self._rank.queue_version(now_s)
         if version == self._version:
             return
         self._version = version

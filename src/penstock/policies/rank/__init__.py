@@ -49,5 +49,9 @@ class Rank(Policy):
         """Constant where keys never change."""
         return 0
 
+    def queue_version(self, now_s: float) -> int:
+        """The same for the keys of those that wait: override it where only those that run change theirs."""
+        return self.version(now_s)
+
 
 RANK: Registry[Rank] = Registry("rank")

@@ -40,3 +40,6 @@ class EarliestDeadline(Rank):
 
     def version(self, now_s: float) -> int:
         return self._version
+
+    def queue_version(self, now_s: float) -> int:
+        return 0
