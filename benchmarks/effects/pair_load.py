@@ -27,6 +27,9 @@ SYSTEM_PROMPTS: Final = 4
 OWN_TOKENS_MAX: Final = 28
 OUTPUT_TOKENS_MAX: Final = 40
 TURNS_MAX: Final = 4
+FLOOD: Final = 400
+UNLOVED: Final = "unloved"
+_GREEDY: Final = SamplingParams(temperature=0.0)
 BURST_GAP_S: Final = 0.012
 CALM_GAP_S: Final = 0.1
 
@@ -85,6 +88,20 @@ def draw_load(count: int, seed: int) -> PairLoad:
     return PairLoad(programs)
 
 
+def draw_flood() -> PairLoad:
+    """Far more short prompts of one tenant than can be served, and early among them one long of another."""
+    draw, turns = random.Random("flood"), []
+    for index in range(FLOOD):
+        prompt = _own_tokens(draw, 8)
+        request = Request(
+            f"s{index}", len(prompt), 4, 0.0, prompt_tokens=prompt, sampling=_GREEDY, tenant="acme"
+        )
+        turns.append([Turn(request, 0.002 * index)])
+    prompt = _own_tokens(draw, 80)
+    request = Request(UNLOVED, len(prompt), 4, 0.0, prompt_tokens=prompt, sampling=_GREEDY, tenant="zeta")
+    return PairLoad([*turns, [Turn(request, 0.1)]])
+
+
 def _single(draw: random.Random, index: int, now_s: float) -> Turn:
     request = _request(draw, f"r{index}", _prompt(draw, index), now_s)
     if draw.random() < 0.2:
@@ -136,7 +153,7 @@ def _request(draw: random.Random, name: str, prompt: list[int], now_s: float) ->
         max_output_tokens=draw.choice((1, draw.randint(1, 8), draw.randint(1, OUTPUT_TOKENS_MAX))),
         arrival_s=now_s,
         prompt_tokens=prompt,
-        sampling=SamplingParams(temperature=0.0, seed=0),
+        sampling=_GREEDY,
         tenant=draw.choice(TENANTS),
         slo_class=slo_class,
         priority=draw.choice((0, 0, 0, -1, 1)),

@@ -23,7 +23,17 @@ from multiprocessing import Pool
 from pathlib import Path
 from typing import Final
 
-from benchmarks.effects.pair_load import BLOCK_TOKENS, TERMS, PairLoad, Turn, draw_load, outputs_of, sizes
+from benchmarks.effects.pair_load import (
+    BLOCK_TOKENS,
+    TERMS,
+    UNLOVED,
+    PairLoad,
+    Turn,
+    draw_flood,
+    draw_load,
+    outputs_of,
+    sizes,
+)
 from benchmarks.effects.serving import NO_PATH
 from benchmarks.results import write_section
 from penstock.core.errors import ConfigError
@@ -44,6 +54,8 @@ from penstock.twin.laned import make_twin
 from penstock.twin.vopr.strict_executor import StrictExecutor
 
 REQUESTS: Final = 10_000
+STARVES_NOBODY: Final = ("fcfs", "vtc", "uwfq", "shortest-prompt-aged")  # ranks that say so
+STARVED_FRAC: Final = 0.8  # who ends behind so many that came later has starved
 SAMPLE: Final = 400  # requests of the journal's and the leaps' runs
 STEPS_PER_TOKEN: Final = 30  # more than this is a queue that stands still
 STEP_S, ROW_S, CONTEXT_S = 0.004, 0.0002, 0.000002
@@ -133,6 +145,11 @@ def run_pair(names: Names, requests: int = REQUESTS, sample: int = SAMPLE, seed:
     few = draw_load(min(sample, requests), seed + 1)
     check_journal(names, few)
     check_leaps(names, few)
+    if names["rank"] in STARVES_NOBODY:
+        place = place_of_unloved(names)
+        require(
+            place < STARVED_FRAC, f"somebody starves: it ends behind {place:.0%} of a flood that came later"
+        )
     return found
 
 
@@ -164,7 +181,7 @@ class PairRun:
         self._cancels: list[tuple[float, str]] = []
         self._requests: dict[str, Request] = {}
         self._tokens: dict[str, list[int]] = {}
-        self._ends: dict[str, Finished] = {}
+        self.ends: dict[str, Finished] = {}
         self._order: list[str] = []  # of first admissions
         self._now_s = 0.0
         self._steps = 0
@@ -176,7 +193,7 @@ class PairRun:
             for turn in program
         )
         was_idle = False
-        while len(self._ends) < self._load.count:
+        while len(self.ends) < self._load.count:
             self._arrive()
             plan = self._replica.plan(self._now_s)
             if self._journal is not None and not (plan is None and was_idle):
@@ -230,13 +247,13 @@ class PairRun:
 
     def _take(self, event: ReplicaEvent) -> None:
         name = event.request_id
-        require(name not in self._ends, f"{name} is told {event} after its end")
+        require(name not in self.ends, f"{name} is told {event} after its end")
         if isinstance(event, TokenOut):
             self._tokens[name].append(event.token_id)
         elif isinstance(event, Admitted) and not event.resumed:
             self._order.append(name)
         elif isinstance(event, Finished):
-            self._ends[name] = event
+            self.ends[name] = event
             self._check_output(event)
             if (turn := self._next.get(name)) is not None:
                 self._scheduled += 1
@@ -285,6 +302,14 @@ def check_journal(names: Names, load: PairLoad) -> None:
         replayed = replay_journal(path)
     require(replayed.difference is None, f"journal: {replayed.difference}")
     require(replayed.ends > 0, "journal: nothing ended")
+
+
+def place_of_unloved(names: Names) -> float:
+    """Where a long prompt of a small tenant ends in a flood of short ones of another: 0 first, 1 last."""
+    load = draw_flood()
+    run = PairRun(names, load)
+    run.run()
+    return list(run.ends).index(UNLOVED) / (load.count - 1)
 
 
 def check_leaps(names: Names, load: PairLoad) -> None:

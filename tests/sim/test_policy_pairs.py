@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from benchmarks.effects.baselines import ShortestPrompt, baseline
 from benchmarks.effects.pair_load import draw_load
 from benchmarks.effects.pairs import (
     PairFailed,
@@ -15,6 +16,7 @@ from benchmarks.effects.pairs import (
     all_pairs,
     check_leaps,
     check_refused,
+    place_of_unloved,
     run_pair,
     stack_with,
 )
@@ -58,6 +60,13 @@ def test_the_load_does_what_it_is_for() -> None:
     assert any(turn.cancel_after_s for program in load.programs for turn in program)
     result = PairRun(DEFAULTS, load).run()
     assert result.preemptions > 5 and result.hits > 1000
+
+
+def test_the_flood_starves_somebody_where_it_may() -> None:
+    """Else it would prove nothing that the ranks which promise otherwise pass."""
+    with baseline("rank", ShortestPrompt) as shortest:
+        assert place_of_unloved(DEFAULTS | {"rank": shortest}) > 0.9
+    assert place_of_unloved(DEFAULTS) < 0.3
 
 
 def test_a_lost_token_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
