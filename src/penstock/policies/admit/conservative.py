@@ -24,12 +24,12 @@ class Conservative(Admit):
 
     def __init__(self, context: Context, options: object) -> None:
         self._unpromised: int | None = None  # blocks; None: count again
-        self._asked = (-1, 0)  # the last decision: whose, and how many blocks it takes from these
+        self._admitted: tuple[int, int] | None = None  # who is about to start, and what it takes of these
 
     def started(self, sequence: SequenceView, now_s: float) -> None:
-        whose, blocks = self._asked
-        if self._unpromised is not None and whose == sequence.arrival_index:
-            self._unpromised -= blocks
+        admitted, self._admitted = self._admitted, None
+        if self._unpromised is not None and admitted is not None and admitted[0] == sequence.arrival_index:
+            self._unpromised -= admitted[1]
         else:
             self._unpromised = None
 
@@ -38,16 +38,17 @@ class Conservative(Admit):
 
     def decide(self, candidate: Candidate, view: ReplicaView, now_s: float) -> Admission:
         sequence, block_tokens = candidate.sequence, view.block_tokens
-        if self._unpromised is None or not view.running_count:
+        if self._unpromised is None or self._admitted is not None or not view.running_count:
+            self._admitted = None  # it did not start at once: its KV comes from the host
             promised = sum(_blocks_max(each, block_tokens) - each.block_count for each in view.running)
             self._unpromised = view.blocks_available - promised
         taken = candidate.blocks_revived - candidate.blocks_cached
         needed = ceil_div(sequence.total_len, block_tokens) + taken
         asked = _blocks_max(sequence, block_tokens) + taken
-        self._asked = sequence.arrival_index, asked
         fits = asked <= self._unpromised or not view.running_count
         if not fits or needed > view.blocks_available:
             return Admission(reason=WaitReason.KV_CAPACITY)
+        self._admitted = sequence.arrival_index, asked
         return Admission(reserve_len=sequence.total_len)
 
 
