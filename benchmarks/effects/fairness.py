@@ -19,7 +19,7 @@ from penstock.workloads.charts import Chart, Series
 
 KV_TOKENS: Final = 400_000  # more than anybody needs here: slots are what is scarce
 INPUT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0
-SEEDS: Final = (1, 2, 3, 4)
+SEEDS: Final = (1, 2, 3)
 REQUESTS: Final = 900
 OVERLOAD: Final = 1.4
 
@@ -72,10 +72,14 @@ def _one_slot(load: Load, rank: str) -> Served:
 
 
 @cache
+def _capacity_tokens_per_s(seed: int) -> float:
+    """At which the whole load is served when it comes at once."""
+    return sum(size for size, _ in _sizes(seed)) / _one_slot(_heavy_load(seed, 1e9), "fcfs").makespan_s
+
+
+@cache
 def _overload(seed: int, rank: str) -> Served:
-    everything = sum(size for size, _ in _sizes(seed))
-    makespan_s = _one_slot(_heavy_load(seed, 1e9), "fcfs").makespan_s
-    return _one_slot(_heavy_load(seed, OVERLOAD * everything / makespan_s), rank)
+    return _one_slot(_heavy_load(seed, OVERLOAD * _capacity_tokens_per_s(seed)), rank)
 
 
 def _ids(seed: int, wanted: Callable[[int, str], bool]) -> list[str]:
