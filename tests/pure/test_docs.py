@@ -48,6 +48,7 @@ UNITLESS = frozenset(
         "--concurrency-max",
         "--replicas",
         "--rounds",
+        "--repeat",
         "--tensor-parallel",
         "--seed",
         "SEED",
