@@ -93,7 +93,9 @@ def environment_name(key: str) -> str:
 
 def setting_help() -> list[tuple[str, str, Any]]:
     """(key, help, default) of every setting, for the reference."""
-    return [(key, field.metadata.get("help", ""), default_of(field)) for key, field in _known_fields().items()]
+    return [
+        (key, field.metadata.get("help", ""), default_of(field)) for key, field in _known_fields().items()
+    ]
 
 
 def setting_bounds() -> dict[str, tuple[float | None, float | None]]:

@@ -31,7 +31,10 @@ class ReplicaSettings:
     kv_memory: str = setting("auto", "KV pool size, for example `2GiB`; `auto` takes a share of what is free")
     kv_block_tokens: int = setting(16, "tokens in a KV block", low=1, high=1024)
     kv_group_tokens: int = setting(
-        0, "a sequence's KV blocks lie side by side in runs of so many tokens; 0: anywhere", low=0, high=1 << 20
+        0,
+        "a sequence's KV blocks lie side by side in runs of so many tokens; 0: anywhere",
+        low=0,
+        high=1 << 20,
     )
     host_kv_memory: str = setting(
         "0", "host memory for KV that a `preempt` policy swaps out; `auto`: twice the pool, if it is free"

@@ -3,9 +3,9 @@
 A step is hundreds of short parallel regions, a fraction of a millisecond apart. Between two of them an idle
 thread spins for some microseconds and then sleeps. Both ends of that scale were measured (docs/engine.md):
 
-- A thread that sleeps before the next region begins must be woken for it. Waking takes longer than the region,
-  so that its partner falls asleep meanwhile, and so on: the whole step takes twice as long. The spin must
-  outlast a wake-up.
+- A thread that sleeps before the next region begins must be woken for it. Waking takes longer than the
+  region, so that its partner falls asleep meanwhile, and so on: the whole step takes twice as long. The spin
+  must outlast a wake-up.
 - A thread that spins on while its partner is scheduled away burns the very core that the partner waits for;
   beside one busy neighbour a step then takes many times as long.
 

@@ -91,7 +91,7 @@ def check_servable(policies: PolicySettings) -> None:
     if lanes_split(policies):
         raise ConfigError(
             f"`lanes = {policies.lanes}` runs in the twin only: the engine computes one step at a time.",
-            hint="`penstock simulate` and `penstock compare` take it; to serve, leave `policies.lanes` at `none`.",
+            hint="`penstock simulate` and `penstock compare` take it; serve with `policies.lanes` = `none`.",
             param="policies.lanes",
         )
 

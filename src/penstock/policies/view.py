@@ -146,7 +146,7 @@ class Candidate:
     cached_len: int  # tokens found in the prefix index
     blocks_cached: int  # blocks of those
     blocks_revived: int  # of these, how many count as available now and will not once they are taken
-    restored_len: int = 0  # tokens, from the first, found in host memory; beyond `cached_len` they need blocks
+    restored_len: int = 0  # tokens, from the first, in host memory; beyond `cached_len` they need blocks
 
 
 @dataclass(frozen=True, slots=True)
