@@ -181,6 +181,7 @@ def frame(policy: JitServe, now_s: float, steps: int = 50) -> int:
 
 def test_the_order_stands_for_a_frame() -> None:
     policy = make()
+    policy._view.waiting_count = 1  # type: ignore[misc]
     policy.submitted(seq(0, 100, slo=JOB), 0.0)  # type: ignore[arg-type]
     assert policy.version(0.0) == policy.version(0.5) == 0
     policy.stepped(StepFacts((), 1, 1, 30, 0.6), 0.6)

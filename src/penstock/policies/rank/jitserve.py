@@ -53,7 +53,7 @@ class JitServeOptions:
 class JitServe(Rank):
     """Most service goodput: tokens of requests that meet their targets, a prompt's 1 and an output's 8.
 
-    Every `schedule_steps` steps all that wait and run are judged again:
+    Every `schedule_steps` steps, if somebody waits, all that wait and run are judged again:
 
         out     what the output stays below with probability `quantile`, given what there is (`LengthBelief`)
         R       v (tokens left + steps of its prompt left), v the mean step time of the last 10 frames
@@ -62,7 +62,7 @@ class JitServe(Rank):
                 else (in + 8 out) ratio(end); ratios to the power `exponent`; next to nothing without promise
         priority = reward / R; calls of one program share theirs, sum of rewards / largest R
 
-    While somebody waits, the frame is then chosen:
+    The frame is then chosen:
 
         kept    all, less who earns least for its work as long as the rest cannot all be in time, with the
                 room that decodes leave to prompts, the slots, and the KV (Moore and Hodgson)
@@ -135,8 +135,9 @@ class JitServe(Rank):
     def version(self, now_s: float) -> int:
         if self._clock.frame_is_due:
             self._clock.begin_frame()
-            self._choose(now_s)
-            self._version += 1
+            if self._view.waiting_count:  # else all that are here run
+                self._choose(now_s)
+                self._version += 1
         return self._version
 
     def outranks(self, head: SequenceView, other: SequenceView, now_s: float) -> bool:
@@ -153,8 +154,6 @@ class JitServe(Rank):
         jobs = [self._judge(sequence, now_s) for sequence in self._sequences.values()]
         self._jobs = {job.sequence.arrival_index: job for job in jobs}
         programs = merge_programs(jobs)
-        if not self._view.waiting_count:
-            return  # all that are here run
         hopeful = sorted((job for job in jobs if job.tier is not Tier.LATE), key=Job.by_priority)
         places = self._places(hopeful)
         for job in hopeful:
