@@ -8,9 +8,12 @@ from dataclasses import replace
 import numpy as np
 
 from benchmarks.effects._agents import AgentsServed, serve_agents
+from benchmarks.effects._live_agents import RealTime, make_agents, run_agents
 from benchmarks.effects.effect import Claim, Effect, Measured
 from benchmarks.effects.serving import azure_lengths, limits, poisson, serve, settings_of
 from penstock.core.settings import Settings
+from penstock.policies.stack import make_stack_of
+from penstock.replica.replica import Replica
 from penstock.workloads.charts import Chart, Series
 from penstock.workloads.programs import TOOLS, ProgramShape, program_rows
 from penstock.workloads.trace import TraceRow
@@ -209,6 +212,34 @@ def long_programs_pay() -> Measured:
     )
 
 
+def sleeping_tools() -> Measured:
+    """The card's test 3: 12 programs of 6 turns, tools that sleep 0.2 s, a pool for 6 contexts."""
+    from benchmarks.effects.live import BLOCK_TOKENS, TOKEN_IDS, live_engine
+
+    engine = live_engine()
+    turns, prompt, result, output = 6, 256, 32, 16
+    context = prompt + (turns - 1) * (result + output) + output
+    sizes = limits(6 * context, kv_block_tokens=BLOCK_TOKENS, running_max=12, context_len_max=1024)
+    runs = []
+    for preset in ("sarathi", "continuum"):
+        replica = Replica(sizes, make_stack_of(settings_of(preset)))
+        agents = make_agents(12, turns, prompt, result, output, tool_s=0.2, ids=TOKEN_IDS)
+        runs.append(run_agents(engine.executor, replica, agents, RealTime()))
+        engine.executor.reset()
+    lru, pinned = runs
+    return Measured(
+        f"returning turns that find all their KV {lru.hit_frac:.0%} → {pinned.hit_frac:.0%}; "
+        f"mean job {lru.mean_job_s:.1f} → {pinned.mean_job_s:.1f} s; outputs equal",
+        (
+            Claim("turns that find their KV under LRU", lru.hit_frac, high=0.4),
+            Claim("turns that find their KV with pins", pinned.hit_frac, low=0.8),
+            Claim(
+                "outputs that differ", sum(lru.outputs[i] != pinned.outputs[i] for i in lru.outputs), high=0
+            ),
+        ),
+    )
+
+
 EFFECTS = (
     Effect(
         "retain",
@@ -217,6 +248,7 @@ EFFECTS = (
         "rule; pins for ever are worse than LRU (card continuum, test 2)",
         slow_tools,
         no_returns,
+        sleeping_tools,
         settings={"preset": "continuum"},
     ),
     Effect(
@@ -226,6 +258,7 @@ EFFECTS = (
         "LRU (card continuum, test 1)",
         overload,
         uneven_programs,
+        not_live="shown with `retain = continuum`, in whose run the order is this one",
         settings={"preset": "continuum"},
     ),
     Effect(
@@ -235,6 +268,7 @@ EFFECTS = (
         "is published)",
         last_turns_spared,
         long_programs_pay,
+        not_live="victims depend on lengths that the embedded model's small answers do not reach",
         settings={"preset": "continuum"},
     ),
 )
