@@ -10,6 +10,7 @@ import pytest
 from penstock.core.errors import TraceError
 from penstock.twin.requests import RequestMaker
 from penstock.workloads.convert import write_request_log
+from penstock.workloads.exchange import PlannedRequest, _headers_of
 from penstock.workloads.programs import TOOLS, ProgramShape, program_rows
 from penstock.workloads.source import open_trace
 from penstock.workloads.trace import TraceRow
@@ -77,3 +78,11 @@ def test_a_damaged_field_is_named(tmp_path: Path, field: str, value: str) -> Non
     )
     with pytest.raises(TraceError, match=field):
         list(open_trace(path))
+
+
+def test_a_live_replay_tells_of_tools_and_last_turns() -> None:
+    row = TraceRow(0.0, 8, 2, session_id="s", tool="shell")
+    last = replace(row, tool=None, is_last_turn=True)
+    told, told_last = (_headers_of(PlannedRequest(0, each, 0.0, b"")) for each in (row, last))
+    assert told["x-penstock-tool"] == "shell" and "x-penstock-last-step" not in told
+    assert told_last["x-penstock-last-step"] == "true" and "x-penstock-tool" not in told_last

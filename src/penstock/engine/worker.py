@@ -154,6 +154,7 @@ class _Loop:
         self._settings = settings
         self._replica = Replica(engine.limits, make_stack_of(settings))
         self._failures = 0
+        self._pins_told = 0
         self._left_s: float | None = None  # when the last step was done; None where there was no work since
         self._recording = recording
         self._is_watched = bool(settings.twin.profile)  # the gateway compares steps with a profile
@@ -173,8 +174,10 @@ class _Loop:
             return False
         record = self._step(events)
         shown = record if self._is_watched else None
-        if events or shown is not None:
-            self._connection.send(StepReport(events, self._replica.stats(), shown))
+        stats = self._replica.stats()
+        if events or shown is not None or stats.pins != self._pins_told:
+            self._pins_told = stats.pins  # pins end while nothing runs, too
+            self._connection.send(StepReport(events, stats, shown))
         return True
 
     def _drain_inbox(self, events: list[ReplicaEvent]) -> bool:

@@ -221,7 +221,10 @@ def request_id_of(index: int) -> str:
 
 
 def _headers_of(planned: PlannedRequest) -> dict[str, str]:
-    """Tenant and class travel in the headers that inference gateways use; servers may ignore them."""
+    """Tenant and class travel in the headers that inference gateways use, what is told of an agent in ours.
+
+    Servers may ignore them.
+    """
     headers = {"Content-Type": "application/json", "X-Request-Id": request_id_of(planned.index)}
     for header, name in (
         ("x-gateway-inference-fairness-id", planned.row.tenant),
@@ -229,6 +232,10 @@ def _headers_of(planned: PlannedRequest) -> dict[str, str]:
     ):
         if name != "default" and name.isascii() and name.strip() == name:  # what a header can carry
             headers[header] = name
+    if planned.row.tool is not None and planned.row.tool.isascii():
+        headers["x-penstock-tool"] = planned.row.tool[:128]
+    if planned.row.is_last_turn:
+        headers["x-penstock-last-step"] = "true"
     return headers
 
 
