@@ -332,6 +332,7 @@ class _Exposition(Collector):
             stats.kv_blocks_used / blocks if blocks else 0.0,
         )
         yield self._gauge("kv_blocks_pinned", "Blocks that pins hold between turns.", stats.kv_blocks_pinned)
+        yield self._gauge("host_kv_blocks_used", "Blocks of KV in host memory.", stats.host_kv_blocks_used)
         yield self._gauge("pins", "Programs whose KV is pinned.", stats.pins)
         yield self._gauge("kv_blocks_cached", "Unused blocks that may still be hit.", stats.kv_blocks_cached)
         yield self._gauge("calls_open", "HTTP calls in flight.", view.calls_open)
@@ -345,6 +346,8 @@ class _Exposition(Collector):
             ("num_preemptions", "Preemptions.", stats.preemptions_total),
             ("prefix_cache_queries", "Prompt tokens looked up.", stats.prefix_query_tokens_total),
             ("prefix_cache_hits", "Prompt tokens found.", stats.prefix_hit_tokens_total),
+            ("swap_stall_seconds", "Steps waited for copies of KV.", stats.swap_stall_s_total),
+            ("swap_failures", "Copies of KV that failed; computed again.", stats.swap_failures_total),
         ):
             counter = CounterMetricFamily(OURS + name, help, labels=list(self._labels))
             counter.add_metric(list(self._labels.values()), value)
@@ -353,6 +356,15 @@ class _Exposition(Collector):
         for name, help, label, values in (
             ("preempted_tokens_lost", "Tokens computed again.", "cause", stats.preempted_tokens_total),
             ("prefix_miss_tokens", "Prompt tokens not found.", "reason", stats.prefix_miss_tokens_total),
+            (
+                "swaps",
+                "Sequences whose KV was copied, by way: out to the host, or in.",
+                "way",
+                stats.swaps_total,
+            ),
+            ("swap_copies", "Runs of KV blocks, each copied at once.", "way", stats.swap_copies_total),
+            ("swap_blocks", "KV blocks copied.", "way", stats.swap_blocks_total),
+            ("swap_bytes", "Bytes of KV copied.", "way", stats.swap_bytes_total),
             ("pin_events", "Pins of programs' KV, by what happened.", "event", stats.pins_total),
             ("request_log_rows", "Ends of requests, by what became of them in the log.", "result", recorded),
         ):

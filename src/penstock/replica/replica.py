@@ -215,33 +215,45 @@ class Replica(Results):
         cached_blocks = self._prefixes.cached_blocks(sequence)
         cached_len = len(cached_blocks) * self.block_tokens
         revived = self._pool.parked_among(cached_blocks)
-        swapping = self._swapping
-        restored_len = 0 if swapping is None else swapping.found_len(sequence)
-        candidate = Candidate(sequence, cached_len, len(cached_blocks), revived, restored_len)
-        if swapping is not None and swapping.is_leaving(sequence):
-            return Refusal(candidate, WaitReason.KV_COPY), 0
-        if self.slots_used >= self.limits.running_max:
+        candidate = Candidate(sequence, cached_len, len(cached_blocks), revived)
+        slots_used = len(self._running)
+        if self._swapping is not None:
+            candidate = replace(candidate, restored_len=self._swapping.found_len(sequence))
+            slots_used += len(self._swapping.loading)
+            if self._swapping.is_leaving(sequence):
+                return Refusal(candidate, WaitReason.KV_COPY), 0
+        if slots_used >= self.limits.running_max:
             return Refusal(candidate, WaitReason.SLOTS), 0
         if room <= 0:
             return Refusal(candidate, WaitReason.STEP_BUDGET), 0
         admission = self._stack.admit.decide(candidate, self, now_s)
         if admission.reason is not None:
             return Refusal(candidate, admission.reason), 0
-        reserve_len, restored_len = self._with_restored(admission.reserve_len, restored_len, candidate)
-        fresh = max(0, ceil_div(reserve_len, self.block_tokens) - len(cached_blocks))
-        if swapping is not None and swapping.is_busy and fresh + revived > self._pool.available:
+        if self._swapping is not None:
+            return self._restore(self._swapping, candidate, cached_blocks, admission.reserve_len, now_s)
+        self._start(sequence, cached_blocks, admission.reserve_len, now_s)
+        return None, sequence.total_len - cached_len
+
+    def _restore(
+        self,
+        swapping: Swapping,
+        candidate: Candidate,
+        cached_blocks: list[int],
+        reserve_len: int,
+        now_s: float,
+    ) -> tuple[Refusal | None, int]:
+        """Start with what the host has, in blocks for all of it where they are to be had, else as granted."""
+        sequence, restored_len = candidate.sequence, candidate.restored_len
+        assert isinstance(sequence, Sequence)
+        taken = candidate.blocks_revived - candidate.blocks_cached
+        if restored_len > reserve_len:
+            fits = ceil_div(restored_len, self.block_tokens) + taken <= self.blocks_available
+            reserve_len = restored_len = restored_len if fits else reserve_len
+        needed = max(ceil_div(reserve_len, self.block_tokens) + taken, candidate.blocks_revived)
+        if swapping.is_busy and needed > self._pool.available:
             return Refusal(candidate, WaitReason.KV_COPY), 0  # room is on its way
         self._start(sequence, cached_blocks, reserve_len, now_s, restored_len)
-        return None, sequence.total_len - max(cached_len, restored_len)
-
-    def _with_restored(self, reserve_len: int, restored_len: int, candidate: Candidate) -> tuple[int, int]:
-        """Blocks for all that the host has, where they are to be had; else as much as the policy grants."""
-        if restored_len <= reserve_len:
-            return reserve_len, restored_len
-        needed = ceil_div(restored_len, self.block_tokens) - candidate.blocks_cached
-        if needed + candidate.blocks_revived <= self.blocks_available:
-            return restored_len, restored_len
-        return reserve_len, reserve_len
+        return None, sequence.total_len - max(candidate.cached_len, restored_len)
 
     def _make_room(self, refusal: Refusal, now_s: float) -> bool:
         """Whether somebody has yielded to the head of the queue."""
@@ -286,7 +298,7 @@ class Replica(Results):
         if not composition.paused and not self._sitting_out:
             return frozenset()
         members = self._lane.members.keys()
-        without = self._sitting_out & members
+        without = frozenset(self._sitting_out & members)
         chosen = {sequence.arrival_index for sequence in composition.paused}  # equals the seq_id
         paused = frozenset((chosen | without) & members)
         return without if not has_chunks and len(paused) == len(members) else paused

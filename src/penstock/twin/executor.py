@@ -130,7 +130,7 @@ class ModelledExecutor:
         for start in plan.starts:
             self._begin(start)
         stalled_s = 0.0 if self.link is None else self._copy(plan, self.link)
-        if not plan.token_count:
+        if not plan.decode_count and not plan.chunks:
             return StepResult(None, copied=self._copied(), stalled_s=stalled_s)
         began_s = self.now_s
         if plan.chunks or plan.paused:
@@ -142,9 +142,10 @@ class ModelledExecutor:
         duration_s = self.now_s - began_s
         self.busy_s += duration_s
         self.busy_joules += self._watts * duration_s
-        return StepResult(
-            None, stopped, steps, duration_s=duration_s, copied=self._copied(), stalled_s=stalled_s
-        )
+        result = StepResult(None, stopped, steps, duration_s=duration_s)
+        if self.link is not None:
+            result.copied, result.stalled_s = self._copied(), stalled_s
+        return result
 
     def finish(self, request_id: str) -> TokenTimes | None:
         """Forget a request that has ended, and say when its tokens came; None if it never started."""
