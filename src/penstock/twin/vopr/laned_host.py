@@ -36,7 +36,6 @@ class _InProgress:
     number: int
     step: LaneStep
     error: Exception | None
-    is_computed: bool
     began_s: float
 
 
@@ -94,10 +93,11 @@ class LanedHost(EngineHost):
         self._laned_audit.before_lane(step.lane, step.plan, self._checkers.output_ends())
         faults = self.faults.take()
         ends_s = now_s + self._system.step_base_s
-        is_computed = faults.error is None or faults.computes_first
-        if is_computed:
+        if faults.error is None or faults.computes_first:
             ends_s = now_s + self.cost.seconds(self._two_phase.begin(step))
-        self._running[step.lane] = _InProgress(self.steps, step, faults.error, is_computed, now_s)
+        else:
+            self._two_phase.hear(step.plan)  # the other lane goes on until the failure is noticed
+        self._running[step.lane] = _InProgress(self.steps, step, faults.error, now_s)
         return self.steps, ends_s + faults.stall_s
 
     def _start_afresh(self) -> None:
@@ -136,6 +136,10 @@ class _TwoPhaseExecutor(StrictExecutor):
         self._check(step.lane)
         prefills = [(chunk.count, chunk.start + chunk.count) for chunk in plan.chunks]
         return StepWork(prefills, plan.decode_count, step.batch.decode_context, len(chunks))
+
+    def hear(self, plan: StepPlan) -> None:
+        """Take in who comes and goes with a step that computes nothing."""
+        self._take_in(plan)
 
     def end(self, lane: Lane) -> StepResult:
         self._check(lane)
