@@ -268,7 +268,7 @@ EFFECTS = (
     Effect(
         "rank",
         "fastswitch",
-        "priorities may change every 25 steps at < 1 % of the time (card fastswitch, [V2])",
+        "priorities may follow need every 25 steps, since switching costs next to nothing (card fastswitch)",
         rank_wins,
         rank_loses,
         not_live="the live effect of preempt/fastswitch runs under it",

@@ -12,6 +12,7 @@ from typing import Protocol
 from penstock.core.events import ReplicaEvent
 from penstock.core.reasons import CancelReason
 from penstock.core.request import ProgramKey, Request
+from penstock.core.step import Direction
 from penstock.core.step_trace import StepRecord
 
 
@@ -35,6 +36,10 @@ class ReplicaInfo:
     fingerprint: str = "penstock"
 
 
+def _by_way() -> dict[str, int]:
+    return {way.value: 0 for way in Direction}
+
+
 @dataclass(slots=True)
 class ReplicaStats:
     """A snapshot after a step. Counts ending in `_total` only grow."""
@@ -56,10 +61,10 @@ class ReplicaStats:
     pins: int = 0  # in force
     pins_total: dict[str, int] = field(default_factory=dict)  # by what happened to them
     host_kv_blocks_used: int = 0
-    swaps_total: dict[str, int] = field(default_factory=dict)  # sequences copied, by way: out, in
-    swap_copies_total: dict[str, int] = field(default_factory=dict)  # runs of blocks, each copied at once
-    swap_blocks_total: dict[str, int] = field(default_factory=dict)
-    swap_bytes_total: dict[str, int] = field(default_factory=dict)  # 0 where a block's size is not known
+    swaps_total: dict[str, int] = field(default_factory=_by_way)  # sequences copied, by way: out, in
+    swap_copies_total: dict[str, int] = field(default_factory=_by_way)  # runs of blocks, each copied at once
+    swap_blocks_total: dict[str, int] = field(default_factory=_by_way)
+    swap_bytes_total: dict[str, int] = field(default_factory=_by_way)  # 0 where a block's size is not known
     swap_failures_total: int = 0
     swap_guard_waits_total: int = 0  # copies waited for because their blocks were needed
     swap_stall_s_total: float = 0.0  # steps waited for copies

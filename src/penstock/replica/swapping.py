@@ -61,13 +61,6 @@ class Swapping:
         self._draft = draft
         self._stats = stats
         self._rank_of = rank_of
-        for counts in (
-            stats.swaps_total,
-            stats.swap_copies_total,
-            stats.swap_blocks_total,
-            stats.swap_bytes_total,
-        ):
-            counts.update({way.value: 0 for way in Direction})
         group_blocks = max(1, limits.kv_group_tokens // limits.kv_block_tokens)
         self._tier = HostTier(limits.host_kv_blocks, limits.kv_block_tokens, group_blocks)
         self._flights: dict[int, Flight] = {}  # by copy_id, in order
