@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,18 @@ import torch
 from benchmarks.effects._conversations import Conversation, Talked, Turn, talk
 from tiny_model import Source, TinyEngine, write_tiny_llama
 
+from penstock.core.events import ReplicaEvent
+from penstock.core.request import Request
 from penstock.core.settings import PolicySettings
-from penstock.core.step import Copy, Direction, StepPlan
+from penstock.core.step import Copy, Direction, StepPlan, StepResult
 from penstock.engine.host_kv import HostKV
 from penstock.engine.kv_store import KVStore
+from penstock.policies.context import ServiceTerms
 from penstock.policies.stack import make_stack
+from penstock.replica.journal import Journal, header
 from penstock.replica.limits import ReplicaLimits
 from penstock.replica.replica import Replica
+from penstock.twin.exact import replay_journal
 
 CONVERSATIONS = [Conversation(0.0, [Turn(280, 10), Turn(20, 10)]) for _ in range(8)]
 POOL, HOST = 66, 240  # blocks: three conversations, and all of them
@@ -82,32 +88,66 @@ def test_a_small_host_loses_ends_and_no_token(engine: TinyEngine, recomputed: Ta
 
 
 class Broken(HostKV):
-    """Every third copy fails."""
+    """Every other copy to the host fails."""
 
     def _make(self, copy: Copy, mark: object) -> float:
-        if copy.copy_id % 3 == 2:
+        if copy.direction is Direction.OUT and copy.copy_id % 2:
             raise OSError("the link is down")
         return super()._make(copy, mark)
 
 
-def test_a_copy_beside_the_steps_may_fail(engine: TinyEngine, recomputed: Talked) -> None:
+def test_what_was_not_copied_is_computed_again(engine: TinyEngine, recomputed: Talked) -> None:
     executor = engine.executor(POOL)
-    executor._host = Broken(executor._store, HOST)
-    options = {"mode": "random", "interval_steps": 6, "batch_min": 1}
-    policies = PolicySettings(rank="fastswitch", preempt="fastswitch", options={"fastswitch": options})
-    limits = replace(LIMITS, host_kv_blocks=HOST, kv_group_tokens=960, running_max=30)
+    executor.use_host(Broken(executor.store, HOST))
+    options = {"fastswitch": {"mode": "random", "interval_steps": 6, "batch_min": 1}}
+    policies = PolicySettings(rank="fastswitch", preempt="fastswitch", options=options)
+    limits = replace(LIMITS, host_kv_blocks=HOST, kv_group_tokens=960)
+    talked = talk(Replica(limits, make_stack(policies)), executor, CONVERSATIONS, vocab=128)
+    assert talked.answers == recomputed.answers and talked.stats.swap_failures_total > 2
 
-    class NeverWaits:
-        """Copies that a step waits for are remade as ones that do not fail."""
 
-        def execute(self, plan: StepPlan) -> Any:
-            return executor.execute(plan)
+class Told(Replica):
+    """Writes every call into a journal, as the engine process does."""
 
-    try:
-        talked = talk(Replica(limits, make_stack(policies)), NeverWaits(), CONVERSATIONS, vocab=128)
-    except OSError:
-        return  # a step had to wait for a broken copy: it fails, as a step does
-    assert talked.answers == recomputed.answers and talked.stats.swap_failures_total > 0
+    def record(self, policies: PolicySettings, path: Path) -> Told:
+        self._lines = [header(self.limits, policies, ServiceTerms())]
+        self._journal = Journal(self.block_tokens, b"salt", self._lines.append)
+        self._path = path
+        return self
+
+    def submit(self, request: Request, now_s: float) -> None:
+        super().submit(request, now_s)
+        self._journal.submitted(request, now_s)
+
+    def plan(self, now_s: float) -> StepPlan | None:
+        plan = super().plan(now_s)
+        self._journal.planned(plan, now_s)
+        self._path.write_text("".join(json.dumps(line) + "\n" for line in self._lines))
+        return plan
+
+    def complete(self, plan: StepPlan, result: StepResult, now_s: float) -> list[ReplicaEvent]:
+        events = super().complete(plan, result, now_s)
+        self._journal.completed(result, events, now_s)
+        return events
+
+
+def test_the_twin_follows_copies_that_took_their_time(engine: TinyEngine, tmp_path: Path) -> None:
+    """When a copy is done is the machine's affair; the journal says it, and the plans are the same."""
+    options = {"fastswitch": {"mode": "random", "interval_steps": 6, "batch_min": 1}}
+    policies = PolicySettings(rank="fastswitch", preempt="fastswitch", options=options)
+    limits = replace(LIMITS, host_kv_blocks=HOST, kv_group_tokens=960)
+    executor = engine.executor(POOL, host_blocks=HOST, bytes_per_s=2e7)
+    path = tmp_path / "journal.jsonl"
+    replica = Told(limits, make_stack(policies)).record(policies, path)
+    stats = talk(replica, executor, CONVERSATIONS[:6], vocab=128).stats
+    replayed = replay_journal(path)
+    assert replayed.difference is None, str(replayed.difference)
+    assert replayed.plans > 20 and min(stats.swaps_total.values()) > 3
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    index = next(number for number, line in enumerate(lines) if line.get("copied"))
+    lines[index]["copied"] = []
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert replay_journal(path).difference is not None, "a copy that is not told of changes the plans"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
