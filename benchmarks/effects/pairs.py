@@ -45,6 +45,7 @@ from penstock.core.request import Request
 from penstock.core.settings import PolicySettings, Settings, TenantSettings
 from penstock.policies.stack import REGISTRIES, conflict_in, make_stack, rank_class
 from penstock.replica.journal import Journal, header
+from penstock.replica.limits import ReplicaLimits
 from penstock.replica.replica import Replica
 from penstock.replica.sequence import Sequence as Content
 from penstock.twin.costs.model import Seconds, decode_ramp
@@ -56,6 +57,8 @@ from penstock.twin.vopr.strict_executor import StrictExecutor
 REQUESTS: Final = 10_000
 STARVES_NOBODY: Final = ("fcfs", "vtc", "uwfq", "shortest-prompt-aged")  # ranks that say so
 STARVED_FRAC: Final = 0.8  # who ends behind so many that came later has starved
+SWAPS: Final = ("swap", "fastswitch")
+SWAP_BLOCK_BYTES: Final = 4_000_000  # so that a copy takes about as long as a step
 SAMPLE: Final = 400  # requests of the journal's and the leaps' runs
 STEPS_PER_TOKEN: Final = 30  # more than this is a queue that stands still
 STEP_S, ROW_S, CONTEXT_S = 0.004, 0.0002, 0.000002
@@ -130,6 +133,20 @@ def _conflict(names: Names) -> bool:
     return conflict_in(names) is not None
 
 
+def sizes_for(names: Names, *, repeat: bool = True) -> ReplicaLimits:
+    """With room in host memory where the stack swaps: for half of the pool, which runs out as well."""
+    limits = sizes(repeat=repeat)
+    if names["preempt"] not in SWAPS:
+        return limits
+    group_tokens = 2 * BLOCK_TOKENS if names["preempt"] == "fastswitch" else 0
+    return replace(
+        limits,
+        host_kv_blocks=limits.kv_blocks // 2,
+        kv_group_tokens=group_tokens,
+        kv_block_bytes=SWAP_BLOCK_BYTES,
+    )
+
+
 def settings_for(names: Names) -> Settings:
     """Of the twin, on the same terms."""
     tenants = {name: TenantSettings(weight) for name, weight in TERMS.tenant_weights.items()}
@@ -166,7 +183,7 @@ class PairRun:
     """One stack under one load in virtual time, on an executor that checks all KV that it reads."""
 
     def __init__(self, names: Names, load: PairLoad, journal: Journal | None = None) -> None:
-        self._replica = Replica(sizes(), make_stack(PolicySettings(**names), TERMS))
+        self._replica = Replica(sizes_for(names), make_stack(PolicySettings(**names), TERMS))
         self._executor = StrictExecutor(BLOCK_TOKENS, SmallCost(), lambda request_id, value: None)
         self._names = names
         self._load = load
@@ -200,8 +217,9 @@ class PairRun:
                 self._journal.planned(plan, self._now_s)
             was_idle = plan is None
             if plan is None:
-                require(bool(self._coming), "a request is lost: nothing runs, and nothing comes")
-                self._now_s = max(self._now_s, self._coming[0][0])
+                is_over = len(self.ends) == self._load.count  # the last one was just cancelled
+                require(bool(self._coming) or is_over, "a request is lost: nothing runs, and nothing comes")
+                self._now_s = max(self._now_s, self._coming[0][0]) if self._coming else self._now_s
                 continue
             result = self._executor.execute(plan)
             self._now_s += result.duration_s
@@ -297,7 +315,7 @@ def check_journal(names: Names, load: PairLoad) -> None:
     """The run's journal leads a fresh replica, which knows no tokens, to the same plans."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "journal.jsonl"
-        with closing(LineFile(path, header(sizes(), PolicySettings(**names), TERMS))) as file:
+        with closing(LineFile(path, header(sizes_for(names), PolicySettings(**names), TERMS))) as file:
             PairRun(names, load, Journal(BLOCK_TOKENS, b"pairs", file.write)).run()
         replayed = replay_journal(path)
     require(replayed.difference is None, f"journal: {replayed.difference}")
@@ -361,7 +379,7 @@ def _twin_outcomes(
             tuple(outcome.itl_s),
         )
 
-    twin = make_twin(settings_for(names), sizes(repeat=repeat), SmallCost(), NO_PATH, ended)
+    twin = make_twin(settings_for(names), sizes_for(names, repeat=repeat), SmallCost(), NO_PATH, ended)
     twin.output_lens.update(lens)
     for request in requests:
         twin.arrive(request)
