@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from penstock.core.metrics import RequestOutcome
 from penstock.core.settings import Settings
+from penstock.core.step import Direction
 from penstock.replica.limits import ReplicaLimits
 from penstock.twin.closed_loop import ClosedLoop
 from penstock.twin.costs.model import CostModel
@@ -81,4 +82,8 @@ def series_of(fleet: list[TwinReplica]) -> ServerSeries:
         "prefix_hit_tokens": float(sum(each.prefix_hit_tokens_total for each in stats)),
         "preemptions": float(sum(each.preemptions_total for each in stats)),
     }
+    if any(twin.replica.limits.host_kv_blocks for twin in fleet):
+        for way in Direction:
+            counters[f"swap_{way}_bytes"] = float(sum(each.swap_bytes_total[way.value] for each in stats))
+        counters["swap_stall_s"] = sum(each.swap_stall_s_total for each in stats)
     return fleet_series([twin.sampler.series for twin in fleet], counters)
