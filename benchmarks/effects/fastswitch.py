@@ -196,6 +196,7 @@ def swap_wins() -> Measured:
             Claim("makespan, recompute / swap", ratio, low=1.01),
             Claim("tokens computed again", float(sum(_lost(after))), high=0.0),
         ),
+        (_spread("Time from arrival to the last token", "e2e_s", {"swap": after, "recompute": before}),),
     )
 
 
@@ -236,6 +237,7 @@ def rank_wins() -> Measured:
             Claim("P99 TTFT of the light tenant, before / after", before_s / after_s, low=4.0),
             Claim("makespan, after / before", lost, high=1.05),
         ),
+        (_spread("TTFT of the light tenant", "ttft_s", {"fastswitch": fair, "fcfs": fcfs}, light),),
     )
 
 
@@ -248,6 +250,23 @@ def rank_loses() -> Measured:
     return Measured(
         f"random priorities: P99.9 gap {before_s * 1e3:.0f} → {after_s * 1e3:.0f} ms",
         (Claim("P99.9 gap, after / before", after_s / before_s, low=2.0),),
+    )
+
+
+def _spread(title: str, field: str, runs: dict[str, Served], ids: Sequence[str] | None = None) -> Chart:
+    """Quantiles of a latency under two policies."""
+    shares = [step / 50 for step in range(51)]
+    series = [
+        Series(name, f"s{index + 1}", np.quantile(served.values(field, ids), shares).tolist())
+        for index, (name, served) in enumerate(runs.items())
+    ]
+    return Chart(
+        title,
+        "seconds, by share of the requests",
+        shares,
+        series,
+        lambda x: f"{x:.0%}",
+        lambda y: f"{y:.3g} s",
     )
 
 
