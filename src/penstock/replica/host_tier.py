@@ -204,13 +204,14 @@ class HostTier:
                 self._remove(copy)
 
     def _cut(self, copy: HostCopy, length: int, blocks_kept: int | None = None) -> None:
-        """Keep the first `length` tokens only."""
+        """Keep the first `length` tokens. Where no block goes, the room to grow beside them stays."""
         assert length <= copy.valid_len
         kept = ceil_div(length, self._block_tokens) if blocks_kept is None else blocks_kept
-        self._extents.drop_tail(copy.owner)
-        self._extents.give(copy.blocks[kept:])
-        del copy.blocks[kept:]
-        del copy.keys[kept:]
+        if kept < len(copy.blocks):
+            self._extents.drop_tail(copy.owner)
+            self._extents.give(copy.blocks[kept:])
+            del copy.blocks[kept:]
+            del copy.keys[kept:]
         copy.valid_len = length
 
     def _remove(self, copy: HostCopy) -> None:
