@@ -104,9 +104,11 @@ class Swapping:
         if request.session_id is None or request.is_last_turn or not self._preempt.keeps_copies:
             self._tier.discard(sequence)
             return
-        length = sequence.computed_len // self._block_tokens * self._block_tokens
-        if sequence.running and self._preempt.keeps_turns and sequence.is_keyed and length:
-            self._copy_out(sequence, length, waits=False)
+        if sequence.running and self._preempt.keeps_turns:
+            full_blocks = sequence.computed_len // self._block_tokens
+            known = len(sequence.key_blocks(full_blocks, self._block_tokens))
+            if known:
+                self._copy_out(sequence, known * self._block_tokens, waits=False)
         self._tier.end_turn(sequence)
 
     def forget(self, sequence: Sequence) -> None:
