@@ -67,7 +67,7 @@ def seq(index: int, output: int, prompt: int = 100, produced: int = 0, **hints: 
 
 
 def judged(policy: JitServe, sequence: Seq, now_s: float = 0.0) -> Job:
-    policy._dues[sequence.arrival_index] = Dues(sequence.request, policy._book)
+    policy._dues[sequence.arrival_index] = Dues(sequence.request, policy._book, policy._assumed)
     policy._room = 512
     return policy._judge(sequence, now_s)  # type: ignore[arg-type]
 
@@ -227,3 +227,12 @@ def test_nobody_is_displaced_who_would_be_late_for_it() -> None:
         policy.submitted(each, 0.0)  # type: ignore[arg-type]
     frame(policy, 1.0)
     assert not policy.outranks(head, running, 1.0)  # type: ignore[arg-type]
+
+
+def test_who_was_promised_nothing_may_be_taken_for_a_chat() -> None:
+    policy = make(assumed_ttft_ms=2000, assumed_tpot_ms=100)
+    for now_s in (0.0, 1.0, 5.0):
+        assumed, said = (judged(policy, seq(0, 200, slo=slo), now_s) for slo in (None, CHAT))
+        assert (assumed.reward, assumed.by_s, assumed.tier) == (said.reward, said.by_s, said.tier)
+    job = judged(policy, seq(1, 200, slo=JOB), now_s=1.0)
+    assert job.reward == judged(make(), seq(1, 200, slo=JOB), now_s=1.0).reward

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import Final
 
+from penstock.core.metrics import Slo
 from penstock.core.request import Request
-from penstock.policies.estimate.slo_book import SloBook
+from penstock.policies.estimate.slo_book import SloBook, promise_of
 from penstock.policies.view import SequenceView
 
 NEVER: Final = float("inf")
@@ -107,13 +108,15 @@ def best_window(jobs: Sequence[Job], size: int) -> Sequence[Job]:
 
 
 class Dues:
-    """What one request was promised, as instants."""
+    """What one request was promised, or is `assumed` where nothing was, as instants."""
 
     __slots__ = ("_answer_s", "_pace_s", "first_s", "promise")
 
-    def __init__(self, request: Request, book: SloBook) -> None:
+    def __init__(self, request: Request, book: SloBook, assumed: Slo) -> None:
         slo = book.of(request)
-        self.promise = book.promise(request)
+        if slo.is_empty:
+            slo = assumed
+        self.promise = promise_of(slo, request)
         self.first_s = _instant(request, slo.ttft_ms)
         self._answer_s = _instant(request, slo.e2e_ms)
         self._pace_s = None if slo.tpot_ms is None else slo.tpot_ms * 1e-3
@@ -133,16 +136,19 @@ def _instant(request: Request, target_ms: float | None) -> float:
 class StepClock:
     """Counts steps in frames, and knows the mean time of a step over the last of them, idle time left out.
 
-    From the instants at which steps end, so that it is the same however steps are told.
+    A frame has `frame_steps` steps, or as many as fit into `frame_s_max` where those are fewer. From the
+    instants at which steps end, so that it is the same however steps are told.
     """
 
-    def __init__(self, step_s: float, frame_steps: int) -> None:
-        self._frame_steps = frame_steps
+    def __init__(self, step_s: float, frame_steps: int, frame_s_max: float) -> None:
+        self._frame_steps_max = frame_steps
+        self._frame_s_max = frame_s_max
         self._samples: deque[float] = deque(maxlen=CLOCK_FRAMES)
         self._done = 0
         self._begun_s = 0.0
         self._last_s = 0.0
         self.step_s = step_s
+        self._frame_steps = self._steps_of_a_frame()
 
     @property
     def frame_s(self) -> float:
@@ -170,3 +176,7 @@ class StepClock:
         self._samples.append((self._last_s - self._begun_s) / self._done)
         self._begun_s, self._done = self._last_s, 0
         self.step_s = max(_STEP_S_MIN, sum(self._samples) / len(self._samples))
+        self._frame_steps = self._steps_of_a_frame()
+
+    def _steps_of_a_frame(self) -> int:
+        return max(1, min(self._frame_steps_max, int(self._frame_s_max / self.step_s)))

@@ -23,6 +23,15 @@ class Promise(Enum):
     NONE = "none"  # no target
 
 
+def promise_of(slo: Slo, request: Request) -> Promise:
+    """What these targets ask for the request. Pure."""
+    if request.program_id is not None and slo.e2e_ms is not None:
+        return Promise.COLLECTIVE
+    if slo.ttft_ms is not None or slo.tpot_ms is not None:
+        return Promise.LATENCY
+    return Promise.NONE if slo.e2e_ms is None else Promise.THROUGHPUT
+
+
 class SloBook(Observer):
     """Targets and deadlines. Reads the request's own targets, else those of its class; keeps no state.
 
@@ -39,12 +48,7 @@ class SloBook(Observer):
     def promise(self, request: Request) -> Promise:
         """A program's calls count together where they have an end to meet; a first token or pace comes first
         for anybody else."""
-        slo = self.of(request)
-        if request.program_id is not None and slo.e2e_ms is not None:
-            return Promise.COLLECTIVE
-        if slo.ttft_ms is not None or slo.tpot_ms is not None:
-            return Promise.LATENCY
-        return Promise.NONE if slo.e2e_ms is None else Promise.THROUGHPUT
+        return promise_of(self.of(request), request)
 
     def deadline_s(self, request: Request) -> float | None:
         """The first instant it was promised: of its first token, else of its end. Never changes."""

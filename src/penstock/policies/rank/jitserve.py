@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from penstock.core.metrics import Slo
 from penstock.core.reasons import FinishReason
 from penstock.core.settings import setting
 from penstock.core.units import ceil_div
@@ -22,6 +23,7 @@ from penstock.policies.estimate.service_jobs import (
     merge_programs,
 )
 from penstock.policies.estimate.slo_book import Promise, SloBook
+from penstock.policies.estimate.step_time import StepTimes, chunk_pairs
 from penstock.policies.rank import RANK, Rank, RankKey
 from penstock.policies.view import ReplicaView, SequenceView, StepFacts
 
@@ -34,6 +36,7 @@ _KINDS_MAX: Final = 4096
 class JitServeOptions:
     quantile: float = setting(0.95, "of the output length that a request is planned with", low=0.01, high=1.0)
     schedule_steps: int = setting(50, "steps between two choices of the batch", low=1, high=10_000)
+    schedule_ms: float = setting(1000.0, "and at most so long, where steps are slow", low=1.0, high=600_000.0)
     top_factor: float = setting(
         1.5, "candidates among which requests of like length are looked for, as a multiple of the batch",
         low=1.0, high=16.0,
@@ -46,6 +49,12 @@ class JitServeOptions:
     swap_gain: float = setting(
         1.5, "a waiting request displaces a running one of so many times less priority", low=1.0, high=100.0
     )
+    assumed_ttft_ms: float = setting(
+        0.0, "target of the first token for requests that were promised nothing; 0: none", low=0.0, high=1e8
+    )
+    assumed_tpot_ms: float = setting(
+        0.0, "the same for the mean gap between tokens; 0: none", low=0.0, high=1e6
+    )
     step_ms: float = setting(20.0, "time of a step until some were measured", low=1e-3, high=1e5)
 
 
@@ -53,7 +62,7 @@ class JitServeOptions:
 class JitServe(Rank):
     """Most service goodput: tokens of requests that meet their targets, a prompt's 1 and an output's 8.
 
-    Every `schedule_steps` steps, if somebody waits, all that wait and run are judged again:
+    Every `schedule_steps` steps or `schedule_ms`, if somebody waits, all that wait and run are judged again:
 
         out     what the output stays below with probability `quantile`, given what there is (`LengthBelief`)
         R       v (tokens left + steps of its prompt left), v the mean step time of the last 10 frames
@@ -91,12 +100,15 @@ class JitServe(Rank):
 
     def __init__(self, context: Context, options: JitServeOptions) -> None:
         self._options = options
+        self._assumed = Slo(options.assumed_ttft_ms or None, options.assumed_tpot_ms or None)
         self._belief = context.shared(LengthBelief)
         self._book = context.shared(SloBook)
-        self._clock = StepClock(options.step_ms * 1e-3, options.schedule_steps)
+        self._times = context.shared(StepTimes)
+        self._clock = StepClock(options.step_ms * 1e-3, options.schedule_steps, options.schedule_ms * 1e-3)
         self._sequences: dict[int, SequenceView] = {}  # all that are here, by arrival index
         self._dues: dict[int, Dues] = {}
         self._room = 1  # prompt tokens in a step beside all that decode now
+        self._prompt_step_s = options.step_ms * 1e-3  # of such a step
         self._kinds: dict[tuple[str, str, int], Sequence[int]] = {}  # outputs to expect of new requests
         self._kinds_version = -1
         self._jobs: dict[int, Job] = {}  # the same, as of the last frame or of when they came
@@ -110,7 +122,7 @@ class JitServe(Rank):
     def submitted(self, sequence: SequenceView, now_s: float) -> None:
         self._clock.resume(now_s, was_idle=not self._sequences)
         self._sequences[sequence.arrival_index] = sequence
-        self._dues[sequence.arrival_index] = Dues(sequence.request, self._book)
+        self._dues[sequence.arrival_index] = Dues(sequence.request, self._book, self._assumed)
         self._look_at_room()
         self._jobs[sequence.arrival_index] = self._judge(sequence, now_s)
 
@@ -175,13 +187,22 @@ class JitServe(Rank):
 
     def _reserve_s(self, job: Job) -> float:
         """With less slack it must not wait, nor be displaced, until the next frame."""
-        step_s, again = self._clock.step_s, 1
+        step_s, again = self._clock.step_s, 0
         if job.sequence.block_count:  # it would have to be computed again
             again += ceil_div(job.sequence.total_len, self._room)
-        return self._clock.frame_s + step_s * again + self._options.margin_frac * job.left_s
+        again_s = step_s + self._prompt_step_s * again
+        return self._clock.frame_s + again_s + self._options.margin_frac * job.left_s
 
     def _look_at_room(self) -> None:
-        self._room = max(1, self._view.step_tokens_max - self._view.decoding_count)
+        """A step full of prompts beside all that decode: how many tokens, and how long it will take."""
+        view = self._view
+        decodes = view.decoding_count
+        self._room = max(1, view.step_tokens_max - decodes)
+        self._prompt_step_s = self._clock.step_s
+        if self._times.is_ready:  # on a slow device such a step takes many times the mean
+            pairs = chunk_pairs(self._room, self._room)
+            seconds = self._times.seconds(decodes + self._room, decodes + 1, view.decode_context, pairs)
+            self._prompt_step_s = max(self._clock.step_s, seconds)
 
     def _places(self, hopeful: Sequence[Job]) -> int:
         """How many of the best the replica can hold: slots, and KV for half of what they will produce."""
@@ -215,11 +236,11 @@ class JitServe(Rank):
         produced, total_len = sequence.output_len, sequence.total_len
         least, middle, most = self._totals(sequence, produced)
         uncomputed = 0 if sequence.is_decoding else total_len - sequence.computed_len
-        prompt_s = step_s * ceil_div(uncomputed, self._room)
+        prompt_s = self._prompt_step_s * ceil_div(uncomputed, self._room)
         job = Job(sequence, max(step_s, prompt_s + step_s * (most - produced)))
         job.length = request.prompt_len + most
         job.tokens_left = middle - produced
-        job.prompt_s = step_s * uncomputed / self._room
+        job.prompt_s = self._prompt_step_s * uncomputed / self._room
         job.work_s = prompt_s + step_s * job.tokens_left
         # Its first token, and the ends of the shortest and the longest output: when due, when possible
         reached_s = sequence.first_token_s
