@@ -57,6 +57,7 @@ from penstock.twin.vopr.strict_executor import StrictExecutor
 REQUESTS: Final = 10_000
 STARVES_NOBODY: Final = ("fcfs", "vtc", "uwfq", "shortest-prompt-aged")  # ranks that say so
 STARVED_FRAC: Final = 0.8  # who ends behind so many that came later has starved
+COPY_STEPS_MAX: Final = 50  # steps until every copy has landed
 SWAPS: Final = ("swap", "fastswitch")
 SWAP_BLOCK_BYTES: Final = 4_000_000  # so that a copy takes about as long as a step
 SAMPLE: Final = 400  # requests of the journal's and the leaps' runs
@@ -287,7 +288,19 @@ class PairRun:
         expected = FinishReason.STOP if is_stop else FinishReason.LENGTH
         require(event.reason in (expected, FinishReason.CANCELLED), f"{event} should be {expected}")
 
+    def _let_copies_land(self) -> None:
+        """Whoever has ended may have copies under way, which the replica waits for."""
+        for _ in range(COPY_STEPS_MAX):
+            plan = self._replica.plan(self._now_s)
+            if plan is None:
+                return
+            require(not plan.token_count, "somebody who ended is computed")
+            result = self._executor.execute(plan)
+            require(not self._replica.complete(plan, result, self._now_s), "an event of nobody")
+            self._replica.check_invariants()
+
     def _check_end(self) -> None:
+        self._let_copies_land()
         require(not self._replica.has_work, "the replica holds somebody who ended")
         stats = self._replica.stats()
         held, pinned = stats.kv_blocks_used, stats.kv_blocks_pinned
