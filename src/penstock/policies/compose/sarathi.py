@@ -55,36 +55,42 @@ class Sarathi(Compose):
         self._sizes_budget = -1
 
     def prefill_room(self, view: ReplicaView, now_s: float) -> int:
-        planned = sum(share.count for share in self._shares(view))
-        return max(0, self._budget(view) - view.decoding_count - planned)
+        left = self._budget(view) - view.decoding_count
+        if self._options.stages > 1:
+            return max(0, left - sum(share.count for share in self._shares(view)))
+        for sequence in view.prefilling:
+            if left <= 0:
+                break
+            left -= sequence.total_len - sequence.computed_len
+        return max(0, left)
 
     def compose(self, view: ReplicaView, now_s: float) -> Composition:
         return Composition(self._shares(view))
 
     def _shares(self, view: ReplicaView) -> list[Share]:
-        budget = self._budget(view)
+        budget, is_staged = self._budget(view), self._options.stages > 1
         used = view.decoding_count
         shares = []
         for sequence in view.prefilling:
-            if used >= budget:
-                break
-            left = self._budget_of(sequence, budget) - used
+            left = (self._budget_of(sequence, budget) if is_staged else budget) - used
             if left <= 0:
+                if used >= budget:
+                    break
                 continue
-            count = min(sequence.total_len - sequence.computed_len, left)
+            count = sequence.total_len - sequence.computed_len
+            if count > left:
+                count = left
             used += count
             shares.append(Share(sequence, count))
         return shares
 
     def _budget(self, view: ReplicaView) -> int:
-        tile = self._options.tile_tokens
-        return view.step_tokens_max // tile * tile or view.step_tokens_max
+        tile, most = self._options.tile_tokens, view.step_tokens_max
+        return most if tile == 1 else most // tile * tile or most
 
     def _budget_of(self, sequence: SequenceView, budget: int) -> int:
         """The pass may be filled so far with chunks of this prompt."""
         options = self._options
-        if options.stages == 1:
-            return budget
         if self._sizes_budget != budget:
             self._sizes, self._sizes_budget = chunk_sizes(budget, options), budget
         stage = sequence.computed_len // ceil_div(options.span_tokens, options.stages)
