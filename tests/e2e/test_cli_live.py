@@ -80,7 +80,7 @@ def test_a_port_in_use(tiny_folder: Path) -> None:
 
 
 def test_an_unknown_policy(tiny_folder: Path) -> None:
-    assert_refused(serve(tiny_folder, policies__rank="fastest"), USAGE, "fastest", "fcfs")
+    assert_refused(serve(tiny_folder, policies__rank="fastest"), USAGE, "fastest", "fastswitch")
     assert_refused(serve(tiny_folder, "--preset", "nonsuch"), USAGE, "nonsuch", "sarathi")
 
 

@@ -274,10 +274,11 @@ class _Narrowed:
 
     def __init__(self, view: ReplicaView, **answers: Any) -> None:
         self._view = view
-        self.__dict__.update(answers)
+        self._answers = answers
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._view, name)
+        answers = self._answers
+        return answers[name] if name in answers else getattr(self._view, name)
 
 
 class _PromptsAlone(Compose):

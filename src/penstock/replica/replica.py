@@ -298,7 +298,7 @@ class Replica(Results):
         if not composition.paused and not self._sitting_out:
             return frozenset()
         members = self._lane.members.keys()
-        without = frozenset(self._sitting_out & members)
+        without = self._sitting_out.intersection(members)
         chosen = {sequence.arrival_index for sequence in composition.paused}  # equals the seq_id
         paused = frozenset((chosen | without) & members)
         return without if not has_chunks and len(paused) == len(members) else paused
