@@ -60,7 +60,16 @@ CASES = (
 def run_case(case: Case, profile: Path, requests: int, repeat: int) -> dict[str, Any]:
     """The JSON of one `penstock fidelity`; what it says on the way goes to stderr."""
     command = [*PENSTOCK, "fidelity", str(DATA / case.file), "--profile", str(profile), "--loads", LOADS]
-    command += ["--limit", str(requests), "--repeat", str(repeat), *case.flags, "--json"]
+    command += [
+        "--preset",
+        "sarathi",
+        "--limit",
+        str(requests),
+        "--repeat",
+        str(repeat),
+        *case.flags,
+        "--json",
+    ]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return dict(json.loads(done.stdout))
 

@@ -161,7 +161,7 @@ class LanedReplica(Replica):
         preempted_before = self._stats.preemptions_total
         self._secure_decodes(now_s)
         members = self._lane.members
-        paused = self._sitting_out & members.keys() if members else frozenset()
+        paused = self._sitting_out.intersection(members)
         decode_count = len(members) - len(paused)
         if not decode_count:
             return None
