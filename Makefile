@@ -4,6 +4,7 @@
 #   make serve   install and serve on port 8000
 #   make test    install and run every test
 #   make check   lint and types
+#   make compile the compiled forms of edited decision code (src/penstock/compiled.py)
 #   make bench   the engine beside transformers, on this machine (benchmarks/RESULTS.md)
 #
 # Torch is the one large package. TORCH_INDEX=<an index that has CPU builds> saves gigabytes on Linux.
@@ -15,9 +16,12 @@ TORCH ?= torch==2.13.0
 WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-SOURCES := pyproject.toml setup.py src/penstock/engine/kernels.c
+SOURCES := pyproject.toml setup.py src/penstock/engine/kernels.c src/penstock/__init__.py
+# Those that patch decision code, and those that hold its Python form to its promises.
+PURE_TESTS := tests/property tests/engine/test_swapping.py tests/sim/test_twin.py tests/sim/test_vopr.py \
+	tests/sim/test_vopr_lanes.py tests/sim/test_vopr_mutants.py
 
-.PHONY: demo serve test check format bench docs clean
+.PHONY: demo serve test check compile format bench docs clean
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +47,10 @@ serve: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	PENSTOCK_PURE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PURE_TESTS)
+
+compile: $(VENV)/.installed-dev
+	$(BIN)/python setup.py build_ext --inplace
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

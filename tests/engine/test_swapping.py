@@ -131,6 +131,7 @@ class Told(Replica):
         return events
 
 
+@pytest.mark.pure
 def test_the_twin_follows_copies_that_took_their_time(engine: TinyEngine, tmp_path: Path) -> None:
     """When a copy is done is the machine's affair; the journal says it, and the plans are the same."""
     options = {"fastswitch": {"mode": "random", "interval_steps": 6, "batch_min": 1}}

@@ -183,6 +183,7 @@ def _check_outputs(load: list[Request], events: list[ReplicaEvent]) -> None:
             assert end.output_tokens == len(told) + (end.stop_token_id is not None)
 
 
+@pytest.mark.pure
 def test_without_holding_blocks_back_it_shows() -> None:
     """The test above has teeth: blocks of who is cancelled within a step must not be given away at once."""
     system = {"kv_blocks": 4, "running_max": 4, "step_tokens_max": 16, "prefix_cache": False}

@@ -22,7 +22,7 @@ from markdown import Fence, anchors, documents, fences, inline_code, links, pens
 
 from penstock.cli.main import app
 from penstock.core import reasons
-from penstock.core.config import environment_name, resolve, setting_help
+from penstock.core.config import ENV_OTHER, environment_name, resolve, setting_help
 from penstock.models.architecture import Architecture
 from penstock.models.ggml_quants import GgmlType
 from penstock.policies.stack import REGISTRIES, load_preset, preset_names
@@ -172,7 +172,7 @@ def test_files_that_documents_name_exist() -> None:
 
 def test_settings_that_documents_name_exist() -> None:
     known = {key for key, _, _ in setting_help()}
-    variables = {environment_name(key) for key in known} | {"PENSTOCK_CACHE_DIR", "PENSTOCK_MARCH"}
+    variables = {environment_name(key) for key in known} | ENV_OTHER
     sections = "|".join(sorted({key.partition(".")[0] for key in known if "." in key}))
     pattern = re.compile(rf"((?:{sections})\.\w+)(?: = .*)?")
     found = set()

@@ -171,6 +171,7 @@ def failing_seed() -> int:
     raise AssertionError("the mutant survives")
 
 
+@pytest.mark.pure
 def test_a_failure_shrinks_to_almost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch)
     script = draw_script(failing_seed())
@@ -184,6 +185,7 @@ def test_a_failure_shrinks_to_almost_nothing(monkeypatch: pytest.MonkeyPatch) ->
     assert shrink(script, failure.check, thoroughly=False) == short
 
 
+@pytest.mark.pure
 def test_the_command_shrinks_and_replays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, runner = tmp_path / "failed.json", CliRunner()
     with monkeypatch.context() as patch:
@@ -201,6 +203,7 @@ def test_the_command_shrinks_and_replays(tmp_path: Path, monkeypatch: pytest.Mon
     assert mended.exit_code == 0 and "\nok: " in mended.stdout
 
 
+@pytest.mark.pure
 def test_many_seeds_stop_at_the_first_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runner, path = CliRunner(), tmp_path / "failed.json"
     ok = runner.invoke(app, ["vopr", "3", "--runs", "12", "--json"])

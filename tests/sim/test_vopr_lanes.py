@@ -51,6 +51,7 @@ def test_nothing_goes_wrong() -> None:
     assert sum(result.restarts for result in results.values()) > 20
 
 
+@pytest.mark.pure
 def test_blocks_that_are_given_away_too_early_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LanedReplica, "_computing", lambda self, sequence: None)
     failed = [result for seed in SEEDS if (result := run(seed)) is not None and not result.is_ok]

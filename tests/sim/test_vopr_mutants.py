@@ -593,6 +593,7 @@ def test_the_seeds_pass_without_a_mutant() -> None:
     assert first_failure(range(100)) is None
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mutate, checks = MUTANTS[name]

@@ -22,7 +22,7 @@ from penstock.core.settings import Settings, TenantSettings
 
 ENV_PREFIX = "PENSTOCK_"
 # Environment names of ours that are no settings.
-ENV_OTHER = frozenset({"PENSTOCK_CACHE_DIR", "PENSTOCK_MARCH"})
+ENV_OTHER = frozenset({"PENSTOCK_CACHE_DIR", "PENSTOCK_MARCH", "PENSTOCK_PURE"})
 SECRET_KEYS = frozenset({"gateway.api_keys"})
 
 _SLO_KEYS = {"ttft_p99_ms": "ttft_ms", "tpot_p99_ms": "tpot_ms", "e2e_p99_ms": "e2e_ms"}

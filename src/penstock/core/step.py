@@ -117,7 +117,7 @@ class StepPlan:
         return sum(chunk.count for chunk in self.chunks) + self.decode_count
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: it crosses a pipe, and the compiled form of a frozen class cannot
 class TokenLogprobs:
     """Natural-log probabilities of one position, after temperature-free softmax (as vLLM and OpenAI)."""
 
