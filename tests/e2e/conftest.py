@@ -16,7 +16,11 @@ from tiny_chat_model import write_tiny_chat_model
 
 KV_MEMORY = "4MiB"  # fewer tokens than the model's context, so that a prompt can be too long for it
 FILES_WANTED = 8192
-FLAGS = ("--threads", "1", "--dtype", "float32", "--kv-memory", KV_MEMORY, "--running-max", "4")
+# Arrival order, so that a test knows who runs and who waits; tests/engine/test_preset_journals.py runs all.
+FLAGS = (
+    *("--preset", "sarathi", "--threads", "1", "--dtype", "float32"),
+    *("--kv-memory", KV_MEMORY, "--running-max", "4"),
+)
 
 
 @pytest.fixture(scope="session")

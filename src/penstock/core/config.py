@@ -21,6 +21,7 @@ from penstock.core.metrics import Slo
 from penstock.core.settings import Settings, TenantSettings
 
 ENV_PREFIX = "PENSTOCK_"
+DEFAULT_PRESET = "penstock"  # docs/policies.md has the evidence
 # Environment names of ours that are no settings.
 ENV_OTHER = frozenset({"PENSTOCK_CACHE_DIR", "PENSTOCK_MARCH", "PENSTOCK_PURE"})
 SECRET_KEYS = frozenset({"gateway.api_keys"})
@@ -72,9 +73,9 @@ def resolve(
 
     values = {key: default_of(field) for key, field in known.items()}
     origins = dict.fromkeys(values, "default")
-    preset = next((layer["preset"] for layer, _ in reversed(layers) if layer.get("preset")), None)
-    if preset is not None:
-        layers.insert(0, (_flatten_preset(load_preset(str(preset))), f"preset {preset}"))
+    preset = next((layer["preset"] for layer, _ in reversed(layers) if layer.get("preset")), DEFAULT_PRESET)
+    values["preset"] = preset
+    layers.insert(0, (_flatten_preset(load_preset(str(preset))), f"preset {preset}"))
     for layer, origin in layers:
         for key, raw in layer.items():
             value = coerce_setting(key, raw, known[key], origin)

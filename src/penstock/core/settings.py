@@ -162,7 +162,7 @@ class Settings:
         "smollm2-135m-instruct", "catalogue name, local folder, .gguf file, or hf:owner/name"
     )
     served_model_name: str = setting("", "name in the API; empty: the catalogue or file name")
-    preset: str = setting("", "a named policy stack, see `penstock policies`")
+    preset: str = setting("", "a named policy stack, see `penstock policies`; empty: `penstock`")
     policies: PolicySettings = field(default_factory=PolicySettings)
     replica: ReplicaSettings = field(default_factory=ReplicaSettings)
     desk: DeskSettings = field(default_factory=DeskSettings)
