@@ -10,7 +10,18 @@ from benchmarks.soak import LEFT, OK, Sample, growth_problems, soak_server
 from penstock.core.units import MIB
 
 # Four slots and KV for about two of the longest requests: the others queue, and some are preempted.
-FLAGS = ("--threads", "1", "--dtype", "float32", "--running-max", "4", "--kv-memory", "512KiB")
+FLAGS = (
+    "--preset",
+    "sarathi",
+    "--threads",
+    "1",
+    "--dtype",
+    "float32",
+    "--running-max",
+    "4",
+    "--kv-memory",
+    "512KiB",
+)
 
 
 def test_nothing_is_lost_wrong_or_leaked(tiny_folder: Path, tmp_path: Path) -> None:
