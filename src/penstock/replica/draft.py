@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
-
 from penstock.core.step import Chunk, Copy, SequenceStart, StepPlan
 from penstock.replica.sequence import Sequence
 
@@ -15,6 +13,7 @@ class PlanDraft:
         self._starts: dict[int, SequenceStart] = {}
         self._ends: list[int] = []
         self._new_blocks: list[tuple[int, list[int]]] = []
+        self._void: dict[int, int] = {}  # seq_id → how many entries of `new_blocks` were made before it left
         self._copies: list[Copy] = []
         self._waits: dict[int, None] = {}
 
@@ -28,6 +27,8 @@ class PlanDraft:
         """The executor is to forget the sequence, unless it has not heard of it yet."""
         if self._starts.pop(sequence.seq_id, None) is None:
             self._ends.append(sequence.seq_id)
+        if self._new_blocks:  # it may be back within this plan, with other blocks
+            self._void[sequence.seq_id] = len(self._new_blocks)
 
     def copy(self, copy: Copy) -> None:
         self._copies.append(copy)
@@ -42,12 +43,12 @@ class PlanDraft:
         chunks: list[Chunk],
         decode_count: int,
         paused: frozenset[int],
-        running: Container[int],
     ) -> StepPlan:
         """All that was gathered, as one plan; the draft is empty again."""
         new_blocks, self._new_blocks = self._new_blocks, []
-        if self._ends:  # perhaps preempted after they were given blocks
-            new_blocks = [entry for entry in new_blocks if entry[0] in running]
+        if self._void:
+            void, self._void = self._void, {}
+            new_blocks = [e for place, e in enumerate(new_blocks) if place >= void.get(e[0], 0)]
         starts, self._starts = list(self._starts.values()), {}
         ends, self._ends = self._ends, []
         plan = StepPlan(index, chunks, decode_count, paused, starts, ends, new_blocks)

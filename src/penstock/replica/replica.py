@@ -147,7 +147,7 @@ class Replica(Results):
         return plan
 
     def _make_plan(self, chunks: list[Chunk], decode_count: int, paused: frozenset[int]) -> StepPlan:
-        plan = self._draft.plan(self._steps_planned, chunks, decode_count, paused, self._running)
+        plan = self._draft.plan(self._steps_planned, chunks, decode_count, paused)
         self._steps_planned += 1
         return plan
 
