@@ -6,6 +6,7 @@ desk hands over, the replica plans, torch computes. So live numbers hold no HTTP
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import deque
@@ -73,6 +74,11 @@ class LiveServed(Ended):
     def hit_frac(self) -> float:
         """Share of the prompt tokens that were found in the prefix index."""
         return self.stats.prefix_hit_tokens_total / max(1, self.stats.prefix_query_tokens_total)
+
+    def mean_place(self, ids: Sequence[str]) -> float:
+        """Of these in the order of first tokens, from 1: the same on a slow machine as on a fast one."""
+        order = sorted(self.outcomes, key=lambda name: self.outcomes[name].first_token_s or math.inf)
+        return sum(order.index(name) + 1 for name in ids) / len(ids)
 
 
 def serve_live(

@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 
 from benchmarks.effects.effect import Claim, Effect, Measured
+from benchmarks.effects.live import serve_live
 from benchmarks.effects.serving import Load, Served, azure_lengths, limits, serve, settings_of
 from penstock.core.metrics import Slo
 from penstock.core.request import Request
@@ -79,6 +80,28 @@ def priority_rank_wins() -> Measured:
     )
 
 
+def priority_rank_live() -> Measured:
+    """The real CPU engine, 4 slots: 32 requests of a low class wait for them when 8 of a high class come."""
+    served = {}
+    for rank in ("fcfs", "priority"):
+        low = int(rank == "priority")
+        requests = [Request(f"l{index}", 64, 32, 0.0, priority=low) for index in range(32)]
+        requests += [Request(f"h{index}", 32, 8, 0.1 + 0.02 * index) for index in range(8)]
+        served[rank] = serve_live(Load(requests), settings_of(rank=rank), limits(8192, running_max=4))
+    high = HIGH[:8]
+    places = [each.mean_place(high) for each in served.values()]
+    waits_s = [float(each.values("ttft_s", high).mean()) for each in served.values()]
+    assert served["fcfs"].tokens == served["priority"].tokens, "who goes first says the same"
+    return Measured(
+        f"mean TTFT of the high class {waits_s[0]:.1f} → {waits_s[1]:.1f} s, its mean place among the first "
+        f"tokens {places[0]:.0f} → {places[1]:.0f} of 40; every output the same",
+        (
+            Claim("mean place of the high class among first tokens, before", places[0], low=30),
+            Claim("the same, after", places[1], high=18),
+        ),
+    )
+
+
 def priority_rank_loses() -> Measured:
     """The same: what the high class gains in waiting, the low class loses."""
     before, after = _classes("fcfs", YOUNGEST), _classes("priority", YOUNGEST)
@@ -130,8 +153,6 @@ def priority_preempt_loses() -> Measured:
 
 def priority_preempt_live() -> Measured:
     """The real CPU engine, 4 slots, taken by a low class; a short high-class request every 1.5 s."""
-    from benchmarks.effects.live import serve_live
-
     low = [Request(f"l{index}", 64, 160, 0.05 * index, priority=1) for index in range(12)]
     high = [Request(f"h{index}", 32, 8, 1.0 + 1.5 * index, priority=0) for index in range(8)]
     load = Load(sorted(low + high, key=lambda request: request.arrival_s))
@@ -299,6 +320,7 @@ EFFECTS = (
         "a higher class does not queue behind a lower one (vLLM's policy `priority`)",
         priority_rank_wins,
         priority_rank_loses,
+        live=priority_rank_live,
     ),
     Effect(
         "preempt",

@@ -32,6 +32,7 @@ def test_a_load_is_served_as_it_says(tmp_path: Path) -> None:
         }  # fmt: skip
         assert served.outcomes["r3"].finish is FinishReason.STOP
         assert served.outcomes["r4"].cached_tokens == 32, "equal keys are equal tokens"
+        assert served.mean_place(["r0"]) == 1.0 and served.mean_place(list(served.outcomes)) == 3.0
         assert len(served.gaps_s()) == 4 * 5 + 1
         assert all(outcome.ttft_s > 0 for outcome in served.outcomes.values() if outcome.ttft_s is not None)
     assert runs["sarathi"].tokens == runs["prefill-first"].tokens, "outputs do not depend on scheduling"
