@@ -20,13 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.effects.serving import DATA
 from benchmarks.results import describe_machine, write_section
 from benchmarks.server_process import PENSTOCK
+from penstock.twin.fidelity import METRICS, STATISTICS
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 LOADS = "0.5,0.8,1.0"
-METRICS = ("ttft", "tpot", "e2e")
-STATISTICS = ("mean", "p50", "p90", "p99")
 
 
 @dataclass(frozen=True)
@@ -60,16 +59,8 @@ CASES = (
 def run_case(case: Case, profile: Path, requests: int, repeat: int) -> dict[str, Any]:
     """The JSON of one `penstock fidelity`; what it says on the way goes to stderr."""
     command = [*PENSTOCK, "fidelity", str(DATA / case.file), "--profile", str(profile), "--loads", LOADS]
-    command += [
-        "--preset",
-        "sarathi",
-        "--limit",
-        str(requests),
-        "--repeat",
-        str(repeat),
-        *case.flags,
-        "--json",
-    ]
+    command += ["--preset", "sarathi", "--limit", str(requests), "--repeat", str(repeat)]
+    command += [*case.flags, "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return dict(json.loads(done.stdout))
 

@@ -23,12 +23,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.effects.serving import AZURE, DATA
 from penstock.workloads.readers.request_log import header_line, row_line
 from penstock.workloads.trace import TraceRow
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 GAPS = DATA / "agent_traces" / "lmcache_agentic_gaps.csv.gz"
-CHATS = DATA / "azure_llm" / "AzureLLMInferenceTrace_conv_2023.csv.gz"
+CHATS = AZURE
 REPORTS = DATA / "azure_llm" / "AzureLLMInferenceTrace_code_2023.csv.gz"
 TURNS_MAX = 30
 CONTEXT_MAX = 14_000
@@ -46,8 +46,8 @@ def read(path: Path) -> list[dict[str, str]]:
 def agents(sessions: int, draw: random.Random) -> Iterator[TraceRow]:
     turns: dict[str, list[tuple[int, float]]] = {}
     for row in read(GAPS):
-        turn = (int(row["output_tokens"]), float(row["pre_gap_s"]))
-        turns.setdefault(row["session_id"], []).append(turn)
+        recorded = (int(row["output_tokens"]), float(row["pre_gap_s"]))
+        turns.setdefault(row["session_id"], []).append(recorded)
     start_s = 0.0
     for index, name in enumerate(list(turns)[:sessions]):
         start_s += draw.expovariate(1 / SESSION_EVERY_S)

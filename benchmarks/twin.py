@@ -11,8 +11,6 @@ memory is the process's peak. Each case runs in a process of its own.
 from __future__ import annotations
 
 import argparse
-import csv
-import gzip
 import json
 import random
 import resource
@@ -21,12 +19,11 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
+from benchmarks.effects.serving import AZURE, LLAMA_3_8B, azure_lengths
 from benchmarks.results import describe_machine, write_section
 from penstock.core.metrics import RequestOutcome
 from penstock.core.settings import Settings
-from penstock.models.config import ModelConfig, RopeConfig
 from penstock.replica.limits import ReplicaLimits
 from penstock.twin.costs.hardware import load_engine, load_hardware
 from penstock.twin.costs.roofline import RooflineCostModel
@@ -34,24 +31,9 @@ from penstock.twin.costs.spec import ModelSpec
 from penstock.twin.simulate import simulate
 from penstock.workloads.trace import TraceRow
 
-TRACE = Path(__file__).parents[2] / "shared/data/azure_llm/AzureLLMInferenceTrace_conv_2023.csv.gz"
 RATE_RPS = 6.45
 BLOCK_TOKENS = 16
-LLAMA_3_8B = ModelConfig(
-    architecture="llama",
-    vocab=128_256,
-    hidden=4096,
-    layers=32,
-    heads=32,
-    kv_heads=8,
-    head_dim=128,
-    ffn=14_336,
-    context_len=16_384,
-    norm_eps=1e-5,
-    layer_rope=(RopeConfig(500_000.0),) * 32,
-    sliding_window=(None,) * 32,
-    attention_scale=128**-0.5,
-)
+CONTEXT_LEN = 16_384
 
 
 @dataclass(frozen=True)
@@ -70,14 +52,9 @@ class Measured:
         return self.requests / self.cpu_s
 
 
-def lengths() -> list[tuple[int, int]]:
-    with gzip.open(TRACE, "rt") as file:
-        return [(int(r["ContextTokens"]), max(1, int(r["GeneratedTokens"]))) for r in csv.DictReader(file)]
-
-
 def rows(requests: int, replicas: int) -> Iterator[TraceRow]:
     """Lengths in the trace's order, again and again; arrivals of one seed."""
-    arrivals, known, now_s = random.Random("arrivals/1"), lengths(), 0.0
+    arrivals, known, now_s = random.Random("arrivals/1"), azure_lengths(), 0.0
     for index in range(requests):
         now_s += arrivals.expovariate(RATE_RPS * replicas)
         yield TraceRow(now_s, *known[index % len(known)])
@@ -85,9 +62,7 @@ def rows(requests: int, replicas: int) -> Iterator[TraceRow]:
 
 def measure(requests: int, replicas: int) -> Measured:
     cost = RooflineCostModel(ModelSpec.of(LLAMA_3_8B), load_hardware("a100-80g"), load_engine("vllm-2025"))
-    limits = ReplicaLimits(
-        cost.kv_tokens_max() // BLOCK_TOKENS, BLOCK_TOKENS, 256, 512, LLAMA_3_8B.context_len
-    )
+    limits = ReplicaLimits(cost.kv_tokens_max() // BLOCK_TOKENS, BLOCK_TOKENS, 256, 512, CONTEXT_LEN)
     ttft_s: list[float] = []
 
     def keep(outcome: RequestOutcome) -> None:
@@ -120,7 +95,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="renew benchmarks/RESULTS.md")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if not TRACE.exists():
+    if not AZURE.exists():
         sys.exit("skipped: the Azure trace in ../shared/data is not on this machine")
     if arguments.one:
         print(json.dumps(asdict(measure(arguments.requests[0], arguments.replicas[0]))))

@@ -17,7 +17,7 @@ from penstock.core.config import resolve
 from penstock.core.metrics import RequestOutcome
 from penstock.core.request import Request
 from penstock.core.settings import Settings
-from penstock.models.config import ModelConfig, RopeConfig
+from penstock.models.catalogue import resolve_config
 from penstock.policies.stack import load_preset
 from penstock.replica.limits import ReplicaLimits
 from penstock.twin.costs.hardware import load_engine, load_hardware
@@ -29,21 +29,7 @@ from penstock.twin.replica import PathCosts, TwinReplica
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 AZURE = DATA / "azure_llm" / "AzureLLMInferenceTrace_conv_2023.csv.gz"
-LLAMA_3_8B = ModelConfig(
-    architecture="llama",
-    vocab=128_256,
-    hidden=4096,
-    layers=32,
-    heads=32,
-    kv_heads=8,
-    head_dim=128,
-    ffn=14_336,
-    context_len=131_072,
-    norm_eps=1e-5,
-    layer_rope=(RopeConfig(500_000.0),) * 32,
-    sliding_window=(None,) * 32,
-    attention_scale=128**-0.5,
-)
+LLAMA_3_8B = resolve_config(str(Path(__file__).parents[1] / "models" / "llama-3-8b"))
 NO_PATH = PathCosts(0.0, 0.0, 0.0)
 
 
