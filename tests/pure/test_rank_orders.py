@@ -55,6 +55,12 @@ def test_a_class_that_is_no_pair_is_refused(entry: str) -> None:
         make_stack(policies)
 
 
+def test_a_class_has_one_priority() -> None:
+    policies = PolicySettings(rank="priority", options={"priority": {"classes": ["batch=1", "batch=2"]}})
+    with pytest.raises(ConfigError, match=r"`batch=2`, which names a class twice"):
+        make_stack(policies)
+
+
 def test_options_of_both_slots_share_a_table_and_typos_are_found() -> None:
     table = {"classes": ["batch=1"], "step_max": 2}
     make_stack(PolicySettings(rank="priority", preempt="priority", options={"priority": table}))

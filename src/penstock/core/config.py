@@ -9,14 +9,13 @@ keys, wrong types and numbers out of bounds are errors that name the key, its or
 
 from __future__ import annotations
 
-import difflib
 import json
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, fields, is_dataclass
 from typing import Any, get_type_hints
 
-from penstock.core.errors import ConfigError
+from penstock.core.errors import ConfigError, did_you_mean
 from penstock.core.metrics import Slo
 from penstock.core.settings import Settings, TenantSettings
 
@@ -149,14 +148,21 @@ def _read_file(
     return flat, slos, tenants
 
 
+def _named_tables(section: str, tree: Any, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    if not isinstance(tree, dict):
+        raise ConfigError(f"`{section}` in {name} must be tables", hint=f"Write `[{section}.NAME]`.")
+    for inner, table in tree.items():
+        if not isinstance(table, dict):
+            raise ConfigError(
+                f"`{section}.{inner}` in {name} must be a table", hint=f"Write `[{section}.{inner}]`."
+            )
+        yield inner, table
+
+
 def _read_tenants(tree: Any, name: str) -> dict[str, TenantSettings]:
     known = {item.name: item for item in fields(TenantSettings)}
     tenants = {}
-    for tenant, table in tree.items() if isinstance(tree, dict) else ():
-        if not isinstance(table, dict):
-            raise ConfigError(
-                f"`tenants.{tenant}` in {name} must be a table", hint=f"Write `[tenants.{tenant}]`."
-            )
+    for tenant, table in _named_tables("tenants", tree, name):
         for key in table:
             if key not in known:
                 raise _unknown_key(
@@ -173,11 +179,7 @@ def _read_tenants(tree: Any, name: str) -> dict[str, TenantSettings]:
 
 def _read_slos(tree: Any, name: str) -> dict[str, Slo]:
     slos = {}
-    for slo_class, targets in tree.items() if isinstance(tree, dict) else ():
-        if not isinstance(targets, dict):
-            raise ConfigError(
-                f"`slo.{slo_class}` in {name} must be a table", hint=f"Write `[slo.{slo_class}]`."
-            )
+    for slo_class, targets in _named_tables("slo", tree, name):
         for key, value in targets.items():
             if key not in _SLO_KEYS:
                 raise _unknown_key(
@@ -217,6 +219,9 @@ def coerce_setting(key: str, raw: Any, field: Field[Any], origin: str) -> Any:
         raise ConfigError(
             f"`{key}` ({origin}) is {raw!r}, but {error}", hint=str(field.metadata.get("help", "")) + "."
         ) from None
+    choices = field.metadata.get("choices")
+    if choices and value not in choices:
+        raise ConfigError(f"`{key}` ({origin}) is {value!r}.", hint=f"Write one of {', '.join(choices)}.")
     low, high = field.metadata.get("low"), field.metadata.get("high")
     if low is not None and value < low or high is not None and value > high:
         bounds = f"at least {low:g}" if high is None else f"from {low or 0:g} to {high:g}"
@@ -231,8 +236,8 @@ def _convert(raw: Any, default: Any) -> Any:
             raise ValueError("must be true or false")
         return value
     if isinstance(default, tuple):
-        items = raw.split(",") if isinstance(raw, str) else list(raw)
-        if not all(isinstance(item, str) for item in items):
+        items = raw.split(",") if isinstance(raw, str) else raw
+        if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
             raise ValueError("must be a list of strings")
         return tuple(item.strip() for item in items if item.strip())
     if isinstance(default, int | float):
@@ -268,7 +273,7 @@ def _convert_number(raw: Any, kind: type[int] | type[float]) -> int | float:
         raise ValueError(f"must be {noun}")
     try:
         value = kind(raw)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(f"must be {noun}") from None
     if value != value or value in (float("inf"), float("-inf")):
         raise ValueError("must be finite")
@@ -292,10 +297,9 @@ def _build(values: Mapping[str, Any], slos: dict[str, Slo], tenants: dict[str, T
 
 
 def _unknown_key(key: str, known: list[str], where: str) -> ConfigError:
-    close = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-    meant = "Did you mean " + " or ".join(f"`{item}`" for item in close) + "? " if close else ""
     return ConfigError(
-        f"`{key}` {where} is not a setting", hint=f"{meant}`penstock config show` lists them all."
+        f"`{key}` {where} is not a setting",
+        hint=f"{did_you_mean(key, known)} `penstock config show` lists them all.".lstrip(),
     )
 
 

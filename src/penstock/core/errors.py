@@ -42,9 +42,17 @@ rendered from the class attributes, so status, type and code cannot drift apart.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import ClassVar
 
 from penstock.core.reasons import ShedReason
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A sentence with the nearest of `known`, for a hint; empty where none is near."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return "Did you mean " + " or ".join(f"`{item}`" for item in close) + "?" if close else ""
 
 
 class PenstockError(Exception):

@@ -12,9 +12,16 @@ from typing import Any
 from penstock.core.metrics import Slo
 
 
-def setting(default: Any, help: str, *, low: float | None = None, high: float | None = None) -> Any:
-    """A documented field; numbers outside [low, high] are refused with the field's name."""
-    metadata = {"help": help, "low": low, "high": high}
+def setting(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A documented field; numbers outside [low, high], and text that is none of `choices`, are refused."""
+    metadata = {"help": help, "low": low, "high": high, "choices": choices}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)

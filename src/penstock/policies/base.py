@@ -81,8 +81,8 @@ class Policy(Observer, ABC):
     """A named part of one slot. One object serves one replica and keeps its state to itself.
 
     `Options` is a frozen dataclass of `core.settings.setting` fields, filled from
-    `[policies.options.NAME]`. `conflicts` names policies of other slots that it cannot work beside, each
-    with the reason; a stack with both is refused at start.
+    `[policies.options.NAME]`; its `__post_init__` may raise ConfigError. `conflicts` names policies of
+    other slots that it cannot work beside, each with the reason; a stack with both is refused at start.
     """
 
     Options: ClassVar[type[Any]] = NoOptions

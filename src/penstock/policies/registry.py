@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar, cast
 
 from penstock.core.config import coerce_setting
-from penstock.core.errors import ConfigError
+from penstock.core.errors import ConfigError, did_you_mean
 from penstock.policies.base import Policy
 from penstock.policies.context import Context
 
@@ -59,9 +58,12 @@ class Registry(Generic[Part]):
         self, name: str, context: Context | None = None, options: Mapping[str, Any] | None = None
     ) -> Part:
         """A fresh policy. Raises ConfigError with the nearest names, and for options that are wrong."""
-        entry = self.entry(name)
-        policy = cast(type[Any], entry.make)
-        return cast(Part, policy(context or Context(), _parse_options(entry, options or {})))
+        policy = cast(type[Any], self.entry(name).make)
+        return cast(Part, policy(context or Context(), self.options(name, options or {})))
+
+    def options(self, name: str, given: Mapping[str, Any]) -> Any:
+        """The policy's `Options` from a table of settings. Raises ConfigError naming what is wrong."""
+        return _parse_options(self.entry(name), given)
 
     def entry(self, name: str) -> Entry[Part]:
         """Raises ConfigError with the nearest names."""
@@ -69,7 +71,7 @@ class Registry(Generic[Part]):
         if entry is None:
             raise ConfigError(
                 f"`{name}` is not a policy of slot `{self.slot}`",
-                hint=f"{nearest(name, self.names())}. Run `penstock policies` for the list.",
+                hint=f"{nearest(name, self.names())} Run `penstock policies` for the list.",
                 param=f"policies.{self.slot}",
             )
         return entry
@@ -86,15 +88,12 @@ def _parse_options(entry: Entry[Any], given: Mapping[str, Any]) -> Any:
     known = {item.name: item for item in fields(entry.options)}
     for key in given:
         if key not in known:
-            hint = f"{nearest(key, sorted(known))}." if known else "This policy has no options."
+            hint = nearest(key, sorted(known)) if known else "This policy has no options."
             raise ConfigError(f"`{where}.{key}` is not an option.", hint=hint, param=where)
     values = {key: coerce_setting(f"{where}.{key}", raw, known[key], "options") for key, raw in given.items()}
     return entry.options(**values)
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """`Did you mean ...?`, or the whole list where nothing is near."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    if close:
-        return "Did you mean " + " or ".join(f"`{item}`" for item in close) + "?"
-    return "Known: " + ", ".join(f"`{item}`" for item in known)
+    """A sentence: what is near, or the whole list where nothing is."""
+    return did_you_mean(name, known) or "Known: " + ", ".join(f"`{item}`" for item in known) + "."

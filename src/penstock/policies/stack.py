@@ -75,7 +75,7 @@ def make_stack(policies: PolicySettings, terms: ServiceTerms | None = None) -> S
         )
     context = Context(terms)
     parts = {
-        slot: REGISTRIES[slot].make(name, context, _own_options(slot, name, policies))
+        slot: REGISTRIES[slot].make(name, context, _own_table(slot, name, policies))
         for slot, name in names.items()
     }
     return Stack(**parts, hooks=_hooks([*context.estimators, *parts.values()]))
@@ -108,7 +108,7 @@ def rank_class(name: str) -> type[Rank]:
 
 def rank_classes(policies: PolicySettings) -> frozenset[str]:
     """Classes of service that the rank policy's options name."""
-    return rank_class(policies.rank).classes(policies.options.get(policies.rank, {}))
+    return rank_class(policies.rank).classes(_options("rank", policies.rank, policies))
 
 
 def retain_class(name: str) -> type[Retain]:
@@ -124,18 +124,25 @@ def terms_of(settings: Settings) -> ServiceTerms:
 
 
 def _check_options(policies: PolicySettings) -> None:
-    """Options of a policy that the stack leaves out may stand, those of an unknown one are a typo."""
-    known = [name for registry in REGISTRIES.values() for name in registry.names()]
+    """Options of a policy that the stack leaves out may stand, but must be right."""
     for name in policies.options:
-        if name not in known:
+        slots = [slot for slot, registry in REGISTRIES.items() if name in registry.names()]
+        if not slots:
+            known = sorted({each for registry in REGISTRIES.values() for each in registry.names()})
             raise ConfigError(
                 f"`policies.options.{name}` is for no known policy.",
                 hint=nearest(name, known),
                 param=f"policies.options.{name}",
             )
+        for slot in slots:
+            _options(slot, name, policies)
 
 
-def _own_options(slot: str, name: str, policies: PolicySettings) -> dict[str, Any]:
+def _options(slot: str, name: str, policies: PolicySettings) -> Any:
+    return REGISTRIES[slot].options(name, _own_table(slot, name, policies))
+
+
+def _own_table(slot: str, name: str, policies: PolicySettings) -> dict[str, Any]:
     """Policies of one name in several slots share a table; each takes its own, and a typo stays with all."""
     others = {
         item.name

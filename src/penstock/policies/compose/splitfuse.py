@@ -13,7 +13,6 @@ from penstock.policies.compose.passes import FixedPasses
 from penstock.policies.context import Context
 from penstock.policies.view import ReplicaView
 
-RULES: Final = ("fixed", "knee", "even")
 PASSES_LOOKED_AT: Final = 8  # beyond so many passes of waiting prompts, even pieces are full pieces
 
 
@@ -23,6 +22,7 @@ class SplitFuseOptions:
         "fixed",
         "size of a pass: `fixed` is `replica.step_tokens`, `knee` is `knee_tokens`, `even` spreads the "
         "waiting prompts evenly over as few passes",
+        choices=("fixed", "knee", "even"),
     )
     knee_tokens: int = setting(
         0,
@@ -30,6 +30,14 @@ class SplitFuseOptions:
         low=0,
         high=1 << 20,
     )
+
+    def __post_init__(self) -> None:
+        if self.budget_rule == "knee" and not self.knee_tokens:
+            raise ConfigError(
+                "`budget_rule = knee` needs `policies.options.splitfuse.knee_tokens`.",
+                hint="`penstock calibrate` tells the knee of this machine's engine.",
+                param="policies.options.splitfuse.knee_tokens",
+            )
 
 
 @COMPOSE.register(
@@ -50,18 +58,6 @@ class SplitFuse(FixedPasses):
 
     def __init__(self, context: Context, options: SplitFuseOptions) -> None:
         super().__init__(context, options)
-        if options.budget_rule not in RULES:
-            raise ConfigError(
-                f"`policies.options.splitfuse.budget_rule` is {options.budget_rule!r}.",
-                hint=f"Write one of {', '.join(RULES)}.",
-                param="policies.options.splitfuse.budget_rule",
-            )
-        if options.budget_rule == "knee" and not options.knee_tokens:
-            raise ConfigError(
-                "`budget_rule = knee` needs `policies.options.splitfuse.knee_tokens`.",
-                hint="`penstock calibrate` tells the knee of this machine's engine.",
-                param="policies.options.splitfuse.knee_tokens",
-            )
         self._knee_tokens = options.knee_tokens
         self._is_even = options.budget_rule == "even"
 

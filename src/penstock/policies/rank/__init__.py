@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from penstock.policies.base import Policy
@@ -26,8 +25,8 @@ class Rank(Policy):
     orders_tenants: ClassVar[bool] = False  # see `key`
 
     @classmethod
-    def classes(cls, options: Mapping[str, Any]) -> frozenset[str]:
-        """Classes of service that the policy's options name; `options` as the settings have them."""
+    def classes(cls, options: Any) -> frozenset[str]:
+        """Classes of service that `options`, an `Options` of this class, name."""
         return frozenset()
 
     @abstractmethod

@@ -7,7 +7,6 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Final
 
-from penstock.core.errors import ConfigError
 from penstock.core.reasons import FinishReason
 from penstock.core.settings import setting
 from penstock.policies.context import Context
@@ -22,7 +21,7 @@ _DRAWS: Final = 1 << 64
 
 @dataclass(frozen=True, slots=True)
 class FastSwitchRankOptions:
-    mode: str = setting("least-served", f"where priorities come from: {', '.join(MODES)}")
+    mode: str = setting("least-served", f"where priorities come from: {', '.join(MODES)}", choices=MODES)
     interval_steps: int = setting(25, "steps between updates", low=1, high=1 << 20)
     stay: float = setting(0.8, "of `markov`: probability of keeping the level", low=0.0, high=1.0)
     memory: float = setting(
@@ -43,12 +42,6 @@ class FastSwitchRank(Rank):
     Options = FastSwitchRankOptions
 
     def __init__(self, context: Context, options: FastSwitchRankOptions) -> None:
-        if options.mode not in MODES:
-            raise ConfigError(
-                f"`policies.options.fastswitch.mode` is `{options.mode}`",
-                hint=f"Use one of {', '.join(MODES)}.",
-                param="policies.options.fastswitch.mode",
-            )
         self._options = options
         self._terms = context.terms
         self._steps = 0

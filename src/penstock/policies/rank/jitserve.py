@@ -34,7 +34,7 @@ _KINDS_MAX: Final = 4096
 
 @dataclass(frozen=True, slots=True)
 class JitServeOptions:
-    quantile: float = setting(0.95, "of the output length that a request is planned with", low=0.01, high=1.0)
+    quantile: float = setting(0.95, "of the output length that a request is planned with", low=0.5, high=1.0)
     schedule_steps: int = setting(50, "steps between two choices of the batch", low=1, high=10_000)
     schedule_ms: float = setting(1000.0, "and at most so long, where steps are slow", low=1.0, high=600_000.0)
     top_factor: float = setting(

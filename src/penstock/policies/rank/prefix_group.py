@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from penstock.core.settings import setting
 from penstock.policies.context import Context
@@ -42,8 +41,8 @@ class PrefixGroup(Rank):
         self._groups = context.shared(Groups)
 
     @classmethod
-    def classes(cls, options: Mapping[str, Any]) -> frozenset[str]:
-        return frozenset({str(options.get("batch_class", BATCH_CLASS))})
+    def classes(cls, options: PrefixGroupOptions) -> frozenset[str]:
+        return frozenset({options.batch_class})
 
     def key(self, sequence: SequenceView, now_s: float) -> RankKey:
         if sequence.request.slo_class != self._batch_class:

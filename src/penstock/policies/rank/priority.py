@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from penstock.core.errors import ConfigError
 from penstock.core.settings import setting
@@ -18,6 +16,28 @@ class PriorityOptions:
     classes: tuple[str, ...] = setting(
         tuple, "priority of whole classes, `NAME=NUMBER` each; the request's own is added to it"
     )
+
+    def __post_init__(self) -> None:
+        self.of_class()
+
+    def of_class(self) -> dict[str, int]:
+        """Class → priority. Raises ConfigError naming the entry."""
+        found: dict[str, int] = {}
+        for entry in self.classes:
+            name, _, number = (part.strip() for part in entry.rpartition("="))
+            try:
+                priority = int(number)
+            except ValueError:
+                name = ""
+            if not name or name in found:
+                wrong = "names a class twice" if name else "is not `NAME=NUMBER`"
+                raise ConfigError(
+                    f"`policies.options.priority.classes` has `{entry}`, which {wrong}.",
+                    hint='Write, for example, classes = ["interactive=-1", "batch=10"]; lower goes first.',
+                    param="policies.options.priority.classes",
+                )
+            found[name] = priority
+        return found
 
 
 @RANK.register(
@@ -34,31 +54,12 @@ class Priority(Rank):
     reads_priority = True
 
     def __init__(self, context: Context, options: PriorityOptions) -> None:
-        self._of_class = parse_classes(options.classes)
+        self._of_class = options.of_class()
 
     @classmethod
-    def classes(cls, options: Mapping[str, Any]) -> frozenset[str]:
-        given = options.get("classes", ())
-        return frozenset(parse_classes(given.split(",") if isinstance(given, str) else given))
+    def classes(cls, options: PriorityOptions) -> frozenset[str]:
+        return frozenset(options.of_class())
 
     def key(self, sequence: SequenceView, now_s: float) -> RankKey:
         request = sequence.request
         return (request.priority + self._of_class.get(request.slo_class, 0),)
-
-
-def parse_classes(entries: Sequence[str]) -> dict[str, int]:
-    """Class → priority. Raises ConfigError naming the entry."""
-    found: dict[str, int] = {}
-    for entry in entries:
-        name, _, number = entry.rpartition("=")
-        try:
-            found[name.strip()] = int(number)
-        except ValueError:
-            name = ""
-        if not name.strip():
-            raise ConfigError(
-                f"`policies.options.priority.classes` has `{entry}`, which is not `NAME=NUMBER`.",
-                hint='Write, for example, classes = ["interactive=-1", "batch=10"]; lower goes first.',
-                param="policies.options.priority.classes",
-            )
-    return found

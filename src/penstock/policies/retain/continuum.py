@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, Final
 
-from penstock.core.errors import ConfigError
 from penstock.core.settings import setting
 from penstock.policies.context import Context
 from penstock.policies.estimate.gaps import GapBelief, GapSamples
@@ -15,7 +14,6 @@ from penstock.policies.retain import RETAIN
 from penstock.policies.retain.lru import Lru
 from penstock.policies.view import ReplicaView, SequenceView
 
-RULES: Final = ("cdf", "mean", "forever")
 PIN_S_MIN: Final = 0.01  # a shorter pin is not worth its books (public preview)
 COLD_PIN_S: Final = 2.0  # with too few gaps to know, and the mean rule's constant
 
@@ -28,6 +26,7 @@ class ContinuumOptions:
         "cdf",
         "`cdf`: as long as the tool's gaps say that it pays; `mean`: 2 s unless its mean gap is longer; "
         "`forever`: until the room is needed",
+        choices=("cdf", "mean", "forever"),
     )
     slack_frac: float = setting(
         0.1,
@@ -59,12 +58,6 @@ class Continuum(Lru):
     def __init__(self, context: Context, options: Any) -> None:
         super().__init__(context, options)
         self._options: ContinuumOptions = options
-        if options.rule not in RULES:
-            raise ConfigError(
-                f"`policies.options.continuum.rule` is {options.rule!r}.",
-                hint="It is one of " + ", ".join(f"`{rule}`" for rule in RULES) + ".",
-                param="policies.options.continuum.rule",
-            )
         self._gaps = context.shared(GapBelief)
         self._costs = context.shared(TurnCosts)
 
