@@ -28,7 +28,7 @@ from typer.models import ArgumentInfo, OptionInfo
 
 from penstock.cli.main import app as program
 from penstock.core import errors
-from penstock.core.config import default_of, environment_name, setting_bounds, setting_help
+from penstock.core.config import DEFAULT_PRESET, default_of, environment_name, setting_bounds, setting_help
 from penstock.core.metrics import RequestOutcome, Slo
 from penstock.core.reasons import (
     CancelReason,
@@ -207,6 +207,8 @@ def config_page() -> str:
         "Flags override the environment, the environment overrides the file, the file overrides the preset, "
         "the preset overrides the defaults. `penstock config show` prints each value and where it came from. "
         "How to write the file: [config.md](../config.md).",
+        f"Where no preset is named, `{DEFAULT_PRESET}` is: what it sets ([policies.md](policies.md#presets)) "
+        "stands in the place of the defaults below.",
     ]
     for section, rows in sections.items():
         parts.append(f"## `[{section}]`" if section else "## Top level")
@@ -353,13 +355,15 @@ def _preset_rows() -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for name in preset_names():
         preset = load_preset(name)
-        stack = ", ".join(f"{slot} = {policy}" for slot, policy in preset["policies"].items())
+        slots = dict(preset["policies"])
+        options = {f"policies.options.{policy}": table for policy, table in slots.pop("options", {}).items()}
         others = [
             f"`{section}.{key} = {_toml(value)}`"
-            for section, table in preset.items()
+            for section, table in (options | preset).items()
             if isinstance(table, dict) and section != "policies"
             for key, value in table.items()
         ]
+        stack = ", ".join(f"{slot} = {policy}" for slot, policy in slots.items())
         rows.append((f"`{name}`", preset["summary"], preset["source"], stack, ", ".join(others)))
     return rows
 

@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import tomllib
+from enum import EnumType
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
@@ -22,7 +23,8 @@ from markdown import Fence, anchors, documents, fences, inline_code, links, pens
 
 from penstock.cli.main import app
 from penstock.core import reasons
-from penstock.core.config import ENV_OTHER, environment_name, resolve, setting_help
+from penstock.core.config import DEFAULT_PRESET, ENV_OTHER, environment_name, resolve, setting_help
+from penstock.core.settings import PolicySettings
 from penstock.models.architecture import Architecture
 from penstock.models.ggml_quants import GgmlType
 from penstock.policies.stack import REGISTRIES, load_preset, preset_names
@@ -156,7 +158,7 @@ def test_documents_that_the_code_names_exist() -> None:
 def test_files_that_documents_name_exist() -> None:
     rooms = "|".join(path.name for path in (ROOT / "src" / "penstock").iterdir() if path.is_dir())
     in_package = re.compile(rf"(?:{rooms})/[\w/]+\.(?:py|c|toml)")
-    in_tree = re.compile(r"(?:src|tests|scripts)/[\w/]+\.(?:py|c|toml)")
+    in_tree = re.compile(r"(?:src|tests|scripts|benchmarks)/[\w/]+\.(?:py|c|toml|md)")
     found = 0
     for name in NAMES:
         for code in inline_code(text_of(name)):
@@ -183,12 +185,9 @@ def test_settings_that_documents_name_exist() -> None:
             if match and not code.endswith(".py"):
                 found.add(match[1])
                 assert match[1] in known, f"{name} names the setting {code}"
-        hostile = (
-            set() if name in ("docs/config.md", "docs/commands/config.md") else {"PENSTOCK_GATEWAY_PROT"}
-        )
-        unknown = set(re.findall(r"\bPENSTOCK_[A-Z_]+\b", text)) - variables - {"PENSTOCK_GATEWAY_PROT"}
+        typo = {"PENSTOCK_GATEWAY_PROT"} if name == "docs/commands/config.md" else set()
+        unknown = set(re.findall(r"\bPENSTOCK_[A-Z_]+\b", text)) - variables - typo
         assert not unknown, f"{name} names {unknown}"
-        assert not hostile & set(re.findall(r"\bPENSTOCK_[A-Z_]+\b", text))
     assert len(found) > 15
 
 
@@ -221,23 +220,38 @@ def test_every_room_has_its_line() -> None:
     assert rooms | {"presets"} == told
 
 
+def guide_section(heading: str) -> str:
+    """One section of docs/policies.md."""
+    return text_of("docs/policies.md").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+
+
 def test_every_reason_code_is_explained() -> None:
-    told = set(inline_code(text_of("docs/policies.md")))
-    enums = (
-        reasons.FinishReason,
-        reasons.WaitReason,
-        reasons.PreemptReason,
-        reasons.CancelReason,
-        reasons.ShedReason,
-        reasons.MissReason,
-    )
+    told = set(inline_code(guide_section("Reading reason codes")))
+    enums = [each for each in vars(reasons).values() if isinstance(each, EnumType) and len(each)]
+    assert len(enums) >= 7
     assert {reason.value for enum in enums for reason in enum} - told == set()
 
 
-def test_every_policy_preset_and_slot_is_in_the_guide() -> None:
-    told = set(inline_code(text_of("docs/policies.md"))) | set(inline_code(text_of("CHANGELOG.md")))
-    policies = {name for registry in REGISTRIES.values() for name in registry.names()}
-    assert ({*policies, *preset_names(), *REGISTRIES}) - told == set()
+def test_every_slot_is_in_the_guide() -> None:
+    assert re.findall(r"^\| `(\w+)` \|", guide_section("Slots"), re.MULTILINE) == list(REGISTRIES)
+
+
+def test_every_policy_and_preset_is_in_the_guide() -> None:
+    """Slot by slot, and beside each policy the presets that use it."""
+    text = guide_section("The policies")
+    lines = re.findall(r"^- \*\*`([\w-]+)`\*\*(?: \(([^)]+)\))?[:,]", text, re.MULTILINE)
+    slots = [slot for slot, registry in REGISTRIES.items() for _ in registry.names()]
+    stacks = {name: PolicySettings().names() | load_preset(name)["policies"] for name in preset_names()}
+    told = {slot: set[str]() for slot in REGISTRIES}
+    for slot, (name, where) in zip(slots, lines, strict=True):
+        told[slot].add(name)
+        assert where.startswith("the default") == (stacks[DEFAULT_PRESET][slot] == name), (slot, name)
+        users = {preset for preset, stack in stacks.items() if stack[slot] == name} - {DEFAULT_PRESET}
+        named = set(inline_code(where))
+        is_open = where in ("the default", "most presets") or where.endswith("and others")
+        assert named < users if is_open else named == users, (slot, name)
+    assert told == {slot: set(registry.names()) for slot, registry in REGISTRIES.items()}
+    assert set(preset_names()) - set(inline_code(text_of("docs/policies.md"))) == set()
 
 
 # ---- pages of the policies --------------------------------------------------------------------------------
