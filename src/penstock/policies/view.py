@@ -8,6 +8,7 @@ from typing import Protocol
 
 from penstock.core.reasons import WaitReason
 from penstock.core.request import ProgramKey, Request
+from penstock.core.units import ceil_div
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +148,10 @@ class Candidate:
     blocks_cached: int  # blocks of those
     blocks_revived: int  # of these, how many count as available now and will not once they are taken
     restored_len: int = 0  # tokens, from the first, in host memory; beyond `cached_len` they need blocks
+
+    def blocks_for(self, length: int, block_tokens: int) -> int:
+        """How many of the available blocks it takes to hold `length` tokens."""
+        return ceil_div(length, block_tokens) - self.blocks_cached + self.blocks_revived
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from penstock.core.reasons import WaitReason
 from penstock.core.settings import setting
-from penstock.core.units import ceil_div
 from penstock.policies.admit import ADMIT, Admission, Admit
 from penstock.policies.context import Context
 from penstock.policies.view import Candidate, ReplicaView
@@ -34,8 +33,8 @@ class Aggressive(Admit):
 
     def decide(self, candidate: Candidate, view: ReplicaView, now_s: float) -> Admission:
         first_len = min(candidate.sequence.total_len, candidate.cached_len + view.step_tokens_max)
-        needed = ceil_div(first_len, view.block_tokens) - candidate.blocks_cached
+        needed = candidate.blocks_for(first_len, view.block_tokens)
         watermark = int(self._watermark_frac * view.block_count) if view.running_count else 0
-        if needed + candidate.blocks_revived > view.blocks_available - watermark:
+        if needed > view.blocks_available - watermark:
             return Admission(reason=WaitReason.KV_CAPACITY)
         return Admission(reserve_len=first_len)

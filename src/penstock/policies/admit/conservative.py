@@ -40,17 +40,14 @@ class Conservative(Admit):
         sequence, block_tokens = candidate.sequence, view.block_tokens
         if self._unpromised is None or self._admitted is not None or not view.running_count:
             self._admitted = None  # it did not start at once: its KV comes from the host
-            promised = sum(_blocks_max(each, block_tokens) - each.block_count for each in view.running)
+            promised = sum(
+                ceil_div(each.request.total_len_max, block_tokens) - each.block_count for each in view.running
+            )
             self._unpromised = view.blocks_available - promised
-        taken = candidate.blocks_revived - candidate.blocks_cached
-        needed = ceil_div(sequence.total_len, block_tokens) + taken
-        asked = _blocks_max(sequence, block_tokens) + taken
+        needed = candidate.blocks_for(sequence.total_len, block_tokens)
+        asked = candidate.blocks_for(sequence.request.total_len_max, block_tokens)
         fits = asked <= self._unpromised or not view.running_count
         if not fits or needed > view.blocks_available:
             return Admission(reason=WaitReason.KV_CAPACITY)
         self._admitted = sequence.arrival_index, asked
         return Admission(reserve_len=sequence.total_len)
-
-
-def _blocks_max(sequence: SequenceView, block_tokens: int) -> int:
-    return ceil_div(sequence.request.total_len_max, block_tokens)

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from penstock.core.reasons import WaitReason
 from penstock.core.settings import setting
-from penstock.core.units import ceil_div
 from penstock.policies.admit import ADMIT, Admission, Admit
 from penstock.policies.base import FOREVER
 from penstock.policies.context import Context
@@ -104,8 +103,7 @@ class PastFuture(Admit):
 
     def decide(self, candidate: Candidate, view: ReplicaView, now_s: float) -> Admission:
         sequence = candidate.sequence
-        needed = ceil_div(sequence.total_len, view.block_tokens) - candidate.blocks_cached
-        if needed + candidate.blocks_revived > view.blocks_available:
+        if candidate.blocks_for(sequence.total_len, view.block_tokens) > view.blocks_available:
             return Admission(reason=WaitReason.KV_CAPACITY)
         if view.running_count == 0:
             self._asked = None

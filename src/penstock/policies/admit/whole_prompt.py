@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from penstock.core.reasons import WaitReason
-from penstock.core.units import ceil_div
 from penstock.policies.admit import ADMIT, Admission, Admit
 from penstock.policies.view import Candidate, ReplicaView
 
@@ -20,8 +19,8 @@ class WholePrompt(Admit):
 
     def decide(self, candidate: Candidate, view: ReplicaView, now_s: float) -> Admission:
         sequence = candidate.sequence
-        needed = ceil_div(sequence.total_len, view.block_tokens) - candidate.blocks_cached
+        needed = candidate.blocks_for(sequence.total_len, view.block_tokens)
         watermark = int(self.watermark_frac * view.block_count) if view.running_count else 0
-        if needed + candidate.blocks_revived > view.blocks_available - watermark:
+        if needed > view.blocks_available - watermark:
             return Admission(reason=WaitReason.KV_CAPACITY)
         return Admission(reserve_len=sequence.total_len)

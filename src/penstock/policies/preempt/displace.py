@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Final
 
 from penstock.core.reasons import WaitReason
-from penstock.core.units import ceil_div
 from penstock.policies.preempt import Preempt
 from penstock.policies.view import Refusal, ReplicaView, SequenceView
 
@@ -41,10 +40,9 @@ class Displacing(Preempt):
             return None
         if refusal.reason is not WaitReason.KV_CAPACITY or len(outranked) == view.running_count:
             return outranked[0]
-        needed = ceil_div(candidate.sequence.total_len, view.block_tokens) - candidate.blocks_cached
-        room = view.blocks_available - candidate.blocks_revived
+        needed = candidate.blocks_for(candidate.sequence.total_len, view.block_tokens)
         freed = sum(sequence.block_count for sequence in outranked)
-        return outranked[0] if room + freed >= needed else None
+        return outranked[0] if view.blocks_available + freed >= needed else None
 
     def started(self, sequence: SequenceView, now_s: float) -> None:
         self._started[sequence.arrival_index] = sequence.output_len

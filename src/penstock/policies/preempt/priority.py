@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from penstock.core.reasons import FinishReason, WaitReason
 from penstock.core.settings import setting
-from penstock.core.units import ceil_div
 from penstock.policies.base import FOREVER
 from penstock.policies.context import Context
 from penstock.policies.preempt import PREEMPT, Preempt
@@ -71,8 +70,9 @@ class StrictClasses(Preempt):
             return None
         if refusal.reason is WaitReason.KV_CAPACITY:
             freed = chosen.block_count + sum(each.block_count for each in eligible)
-            needed = ceil_div(head.total_len, view.block_tokens) - refusal.candidate.blocks_cached
-            if view.blocks_available + freed < needed + refusal.candidate.blocks_revived:
+            if view.blocks_available + freed < refusal.candidate.blocks_for(
+                head.total_len, view.block_tokens
+            ):
                 return None
         self._step_count += 1
         self._times[chosen.arrival_index] = self._times.get(chosen.arrival_index, 0) + 1
