@@ -108,6 +108,7 @@ def drive(
             assert not replica.has_work
             stats = replica.stats()
             assert stats.kv_blocks_used == 0
+            assert not system["kv_group_tokens"] or not replica._pool._extents._tails, "nobody has a tail"
             assert sum(stats.swap_blocks_total.values()) == sum(copy.block_count for copy in executor.copies)
             return events, executor
         if plan is not None:

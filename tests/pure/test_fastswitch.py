@@ -12,6 +12,7 @@ from fake_executor import FakeExecutor, expected_output, make_replica
 from penstock.core.config import resolve
 from penstock.core.errors import ConfigError
 from penstock.core.events import Finished, Preempted, TokenOut
+from penstock.core.reasons import CancelReason
 from penstock.core.request import Request
 from penstock.core.settings import PolicySettings
 from penstock.core.step import Copy, CopyDone, Direction
@@ -204,6 +205,40 @@ def test_a_failed_load_is_computed_again() -> None:
     stats = replica.stats()
     assert all(told[request.id] == expected_output(request) for request in requests)
     assert stats.swap_failures_total > 0 and stats.preempted_tokens_total["kv_lost"] > 0
+
+
+def test_a_load_that_is_cancelled_gives_its_tail_back() -> None:
+    """The unfilled rest of its last group is lent to nobody, and the next group is whole again."""
+    options = {"fastswitch": {"mode": "random", "interval_steps": 3, "batch_min": 1}}
+    replica = make_replica(
+        kv_blocks=40, running_max=2, host_kv_blocks=60, kv_group_tokens=32, prefix_cache=False,
+        rank="fastswitch", preempt="fastswitch", options=options,
+    )  # fmt: skip
+    executor = FakeExecutor(4, copy_steps=3)
+    for index in range(4):
+        replica.submit(Request(f"r{index}", 12, 30, 0.0, prompt_tokens=[index] * 12), 0.0)
+    while not replica._swapping.loading:
+        plan = replica.plan(float(len(executor.plans)))
+        assert plan is not None
+        replica.complete(plan, executor.execute(plan), len(executor.plans) + 0.5)
+    (loading,) = replica._swapping.loading.values()
+    for request_id in list(replica._by_request):
+        replica.cancel(request_id, CancelReason.ADMIN, 1e3)
+    assert loading.request.id not in replica._by_request and not replica._pool._extents._tails
+    replica.check_invariants()
+
+
+def test_a_cancel_is_ranked_at_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a stopped answer leaves on a full host goes before lower-ranked copies, as ranks are by then."""
+    replica = make_replica(kv_blocks=30, host_kv_blocks=1, prefix_cache=False, preempt="fastswitch")
+    executor, asked_s = FakeExecutor(4), []
+    replica.submit(Request("a", 10, 6, 0.0, prompt_tokens=[1] * 10, session_id="s"), 0.0)
+    plan = replica.plan(0.0)
+    replica.complete(plan, executor.execute(plan), 0.5)
+    rank = replica._stack.rank
+    monkeypatch.setattr(type(rank), "key", lambda self, sequence, now_s: asked_s.append(now_s) or (0,))
+    replica.cancel("a", CancelReason.STOP_STRING, 7.0)
+    assert asked_s and set(asked_s) == {7.0}
 
 
 def test_without_host_memory_the_victim_is_computed_again() -> None:

@@ -57,5 +57,4 @@ def make_pool(limits: ReplicaLimits, retain: Retain) -> KVPool:
     """Single blocks, or groups where the limits say how large."""
     if not limits.kv_group_tokens:
         return KVPool(limits.kv_blocks, limits.kv_block_tokens, retain)
-    group_blocks = max(1, limits.kv_group_tokens // limits.kv_block_tokens)
-    return GroupedPool(limits.kv_blocks, limits.kv_block_tokens, retain, group_blocks)
+    return GroupedPool(limits.kv_blocks, limits.kv_block_tokens, retain, limits.kv_group_blocks)

@@ -25,6 +25,11 @@ class ReplicaLimits:
     kv_block_bytes: int = 0  # over all layers, K and V; 0: not known
     kv_layers: int = 1  # a copy is one transfer a layer
 
+    @property
+    def kv_group_blocks(self) -> int:
+        """The blocks of a run; 1 where they come one by one."""
+        return max(1, self.kv_group_tokens // self.kv_block_tokens)
+
 
 def check_feasible(request: Request, limits: ReplicaLimits) -> None:
     """Refuse what could never run, however empty the replica. Raises a RequestError."""

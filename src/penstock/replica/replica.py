@@ -45,6 +45,7 @@ class Replica(Results):
 
     def cancel(self, request_id: str, reason: CancelReason, now_s: float) -> Finished | None:
         """End a request, queued or running; None if it is not here (any more). Its KV may stay as prefix."""
+        self._now_s = now_s
         sequence = self._by_request.get(request_id)
         if sequence is None:
             return None
@@ -68,6 +69,7 @@ class Replica(Results):
 
     def fail_all(self, detail: str, now_s: float) -> list[Finished]:
         """The executor broke: answer everything here as failed."""
+        self._now_s = now_s
         self._outstanding = None
         failed = []
         for sequence in list(self._by_request.values()):
@@ -215,14 +217,11 @@ class Replica(Results):
         cached_blocks = self._prefixes.cached_blocks(sequence)
         cached_len = len(cached_blocks) * self.block_tokens
         revived = self._pool.parked_among(cached_blocks)
-        candidate = Candidate(sequence, cached_len, len(cached_blocks), revived)
-        slots_used = len(self._running)
-        if self._swapping is not None:
-            candidate = replace(candidate, restored_len=self._swapping.found_len(sequence))
-            slots_used += len(self._swapping.loading)
-            if self._swapping.is_leaving(sequence):
-                return Refusal(candidate, WaitReason.KV_COPY), 0
-        if slots_used >= self.limits.running_max:
+        restored_len = 0 if self._swapping is None else self._swapping.found_len(sequence)
+        candidate = Candidate(sequence, cached_len, len(cached_blocks), revived, restored_len)
+        if self._swapping is not None and self._swapping.is_leaving(sequence):
+            return Refusal(candidate, WaitReason.KV_COPY), 0
+        if self.slots_used >= self.limits.running_max:
             return Refusal(candidate, WaitReason.SLOTS), 0
         if room <= 0:
             return Refusal(candidate, WaitReason.STEP_BUDGET), 0

@@ -61,8 +61,7 @@ class Swapping:
         self._draft = draft
         self._stats = stats
         self._rank_of = rank_of
-        group_blocks = max(1, limits.kv_group_tokens // limits.kv_block_tokens)
-        self._tier = HostTier(limits.host_kv_blocks, limits.kv_block_tokens, group_blocks)
+        self._tier = HostTier(limits.host_kv_blocks, limits.kv_block_tokens, limits.kv_group_blocks)
         self._flights: dict[int, Flight] = {}  # by copy_id, in order
         self._copies_planned = 0
         self.loading: dict[int, Sequence] = {}  # by seq_id: admitted, with a copy under way
@@ -190,6 +189,7 @@ class Swapping:
         flight.loads = None
         flight.blocks, flight.shared_count = sequence.blocks, sequence.published_blocks
         sequence.blocks, sequence.published_blocks = [], 0
+        self._pool.drop_tail(sequence.seq_id)
 
     # ---- both -----------------------------------------------------------------------------------------
 
