@@ -241,10 +241,10 @@ class Books:
         sequence.published_blocks = len(cached_blocks)
         sequence.computed = max(cached_len, restored_len)
         self._events.append(Admitted(sequence.request.id, now_s, cached_len, resumed))
-        if not self._is_loading(sequence, len(cached_blocks), restored_len, now_s):
+        if not self._load(sequence, len(cached_blocks), restored_len, now_s):
             self._enter_running(sequence, now_s)
 
-    def _is_loading(self, sequence: Sequence, cached_blocks: int, restored_len: int, now_s: float) -> bool:
+    def _load(self, sequence: Sequence, cached_blocks: int, restored_len: int, now_s: float) -> bool:
         """Have the host's KV copied into the sequence's blocks; whether it must wait for that."""
         if self._swapping is None:
             return False
@@ -338,11 +338,7 @@ class Books:
             self._prefilling.remove(sequence)
         else:
             self._lane.leave(sequence)
-        self._pool.release(sequence.blocks, sequence.published_blocks, sequence.request, now_s)
-        if self._pool.in_groups:
-            self._pool.drop_tail(sequence.seq_id)
-        sequence.blocks = []
-        sequence.computed = sequence.published_blocks = 0
+        self._release_kv(sequence, now_s)
         sequence.prompt_logprobs = []
         sequence.running = False
         del self._running[sequence.seq_id]
@@ -351,6 +347,13 @@ class Books:
         self._standing_steps = 0
         for hook in self._on_left:
             hook(sequence, now_s)
+
+    def _release_kv(self, sequence: Sequence, now_s: float) -> None:
+        """Its blocks go back to the pool; nothing of it is computed any more."""
+        self._pool.release(sequence.blocks, sequence.published_blocks, sequence.request, now_s)
+        self._pool.drop_tail(sequence.seq_id)
+        sequence.blocks = []
+        sequence.computed = sequence.published_blocks = 0
 
     def _finish(
         self,

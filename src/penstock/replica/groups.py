@@ -21,8 +21,11 @@ class GroupLeaders:
 
     def started(self, sequence: Sequence) -> None:
         """`sequence` runs from now on; `computed` tokens were found."""
-        if sequence.request.group_id is not None and sequence.computed < self._shared_len(sequence):
-            self._leaders.setdefault(_key_of(sequence), sequence)
+        if sequence.request.group_id is None or sequence.computed >= self._shared_len(sequence):
+            return
+        leader = self._leaders.get(_key_of(sequence))
+        if leader is None or leader.computed_len >= self._shared_len(leader):
+            self._leaders[_key_of(sequence)] = sequence
 
     def left(self, sequence: Sequence) -> None:
         """`sequence` no longer runs."""
@@ -31,13 +34,12 @@ class GroupLeaders:
 
     def is_computing(self, sequence: Sequence) -> bool:
         """Whether another member is still computing what the waiting `sequence` shares with it."""
-        leader = self._leaders.get(_key_of(sequence)) if sequence.request.group_id is not None else None
-        if leader is None or not sequence.is_keyed or not self._limits.prefix_cache:
+        if sequence.request.group_id is None or not sequence.is_keyed or not self._limits.prefix_cache:
             return False
-        if leader.is_decoding or leader.computed_len >= self._shared_len(leader):
-            del self._leaders[_key_of(sequence)]
+        leader = self._leaders.get(_key_of(sequence))
+        if leader is None:
             return False
-        return leader.computed_len < self._shared_len(sequence)
+        return leader.computed_len < min(self._shared_len(leader), self._shared_len(sequence))
 
     def _shared_len(self, sequence: Sequence) -> int:
         """Tokens in full blocks, at most; the last token of a prompt is always computed."""

@@ -65,11 +65,7 @@ class Results(Books):
         lost = sequence.computed
         self._stats.preempted_tokens_total[PreemptReason.KV_LOST.value] += lost
         self._events.append(Preempted(sequence.request.id, now_s, PreemptReason.KV_LOST, lost))
-        self._pool.release(sequence.blocks, sequence.published_blocks, sequence.request, now_s)
-        if self._pool.in_groups:
-            self._pool.drop_tail(sequence.seq_id)
-        sequence.blocks = []
-        sequence.computed = sequence.published_blocks = 0
+        self._release_kv(sequence, now_s)
         self._waiting.add(sequence, now_s)
 
     def _step_facts(self, plan: StepPlan, result: StepResult) -> StepFacts:
