@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from penstock.core.reasons import FinishReason
 from penstock.core.request import Request
 from penstock.policies.context import Context, ServiceTerms
 from penstock.policies.estimate.lengths import GROUPS_MAX, OWN_FROM, POOLED, WINDOW, LengthBelief
-from penstock.policies.estimate.slo_book import Promise, SloBook
+from penstock.policies.estimate.slo_book import Promise, SloBook, promise_of
 
 
 @dataclass
@@ -53,8 +54,8 @@ LENGTHS = [int(value) for value in np.random.default_rng(1).integers(1, 900, WIN
 
 def test_a_cold_belief_expects_the_maximum() -> None:
     belief = LengthBelief(Context())
-    assert belief.quantile(seq(maximum=700), 0.5) == 700 and belief.mean(seq(maximum=700)) == 700  # type: ignore[arg-type]
-    assert set(belief.sample(seq(maximum=700), 20, 1)) == {700}  # type: ignore[arg-type]
+    assert belief.mean(seq(maximum=700)) == 700  # type: ignore[arg-type]
+    assert set(belief.at(seq(maximum=700), [0.0, 0.3, 0.5, 0.999])) == {700}  # type: ignore[arg-type]
 
 
 def test_half_of_a_cold_start_is_forgotten_last() -> None:
@@ -76,7 +77,7 @@ def test_a_query_is_the_interpolated_inverse(produced: int, maximum: int) -> Non
             expected = min(max(int(np.ceil(exact - 1e-9)), produced + 1), maximum)
         else:
             expected = sorted(LENGTHS)[min(int(q * WINDOW), WINDOW - 1)]
-        assert belief.quantile(sequence, q) == expected  # type: ignore[arg-type]
+        assert belief.at(sequence, [q]) == [expected]  # type: ignore[arg-type]
         uniform = np.full((2, 3), q)
         totals = belief.totals(np.full(3, POOLED), np.full(3, produced), np.full(3, maximum), uniform)
         assert totals.tolist() == [[expected] * 3] * 2
@@ -135,12 +136,6 @@ def test_cut_outputs_teach_nothing() -> None:
     assert belief.version == 0
 
 
-def test_a_round_draws_the_same_and_the_next_one_does_not() -> None:
-    belief, again = taught(LENGTHS), taught(LENGTHS)
-    one, same = belief.sample(seq(), 8, 1), again.sample(seq(), 8, 1)  # type: ignore[arg-type]
-    assert one.tolist() == same.tolist() != belief.sample(seq(), 8, 2).tolist()  # type: ignore[arg-type]
-
-
 # ---- the book of promises -----------------------------------------------------------------------------
 
 
@@ -150,22 +145,22 @@ def book() -> SloBook:
 
 
 def test_a_promise_follows_from_the_targets() -> None:
-    of = book().promise
-    assert of(seq(slo_class="chat").request) is Promise.LATENCY
-    assert of(seq(slo_class="batch").request) is Promise.THROUGHPUT
-    assert of(seq(slo_class="batch", program_id="p").request) is Promise.COLLECTIVE
-    assert of(seq(slo_class="chat", program_id="p").request) is Promise.LATENCY
-    assert of(seq().request) is Promise.NONE
-    assert of(seq(slo_class="chat", slo=Slo(e2e_ms=5)).request) is Promise.THROUGHPUT, "its own goes first"
+    def of(**hints: Any) -> Promise:
+        request = seq(**hints).request
+        return promise_of(book().of(request), request)
+
+    assert of(slo_class="chat") is Promise.LATENCY
+    assert of(slo_class="batch") is Promise.THROUGHPUT
+    assert of(slo_class="batch", program_id="p") is Promise.COLLECTIVE
+    assert of(slo_class="chat", program_id="p") is Promise.LATENCY
+    assert of() is Promise.NONE
+    assert of(slo_class="chat", slo=Slo(e2e_ms=5)) is Promise.THROUGHPUT, "its own goes first"
 
 
-def test_deadlines_and_slack() -> None:
-    chat, batch = seq(slo_class="chat", maximum=11), seq(slo_class="batch")
-    assert book().deadline_s(chat.request) == 1.0 and book().deadline_s(batch.request) == 20.0
-    assert book().deadline_s(seq().request) is None
-    assert book().slack_s(chat, 0.25, 0.5) == pytest.approx(0.25)  # type: ignore[arg-type]
-    chat.first_token_s = 0.5
-    assert book().end_due_s(chat.request, 11, 0.5) == pytest.approx(1.5)
-    assert book().slack_s(chat, 0.75, 0.5) == pytest.approx(0.25)  # type: ignore[arg-type]
-    assert book().slack_s(seq(), 0.0, 1.0) == float("inf")  # type: ignore[arg-type]
-    assert book().end_due_s(batch.request, 11, None) == 20.0
+def test_first_the_first_token_is_due_and_then_the_end() -> None:
+    chat, batch, nothing = seq(slo_class="chat", maximum=11), seq(slo_class="batch"), seq()
+    assert [book().due_s(each) for each in (chat, batch, nothing)] == [1.0, 20.0, None]  # type: ignore[arg-type]
+    for each in (chat, batch, nothing):
+        each.first_token_s = 0.5
+    assert book().due_s(chat) == pytest.approx(1.5), "ten gaps of 100 ms"  # type: ignore[arg-type]
+    assert [book().due_s(each) for each in (batch, nothing)] == [20.0, None]  # type: ignore[arg-type]

@@ -44,10 +44,6 @@ class GapSamples:
         """There is a gap."""
         return self._prefix_sums()[-1] / len(self._sorted)
 
-    def cdf(self, within_s: float) -> float:
-        """The share of gaps of at most `within_s`; 0 without gaps."""
-        return bisect.bisect_right(self._sorted, within_s) / len(self._sorted) if self._sorted else 0.0
-
     def outcomes(self) -> Iterator[tuple[float, float, float]]:
         """For each gap τ, by size: τ, the share of gaps within τ, and the mean of min(gap, τ). O(gaps)."""
         count = len(self._sorted)

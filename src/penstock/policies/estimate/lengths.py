@@ -47,7 +47,6 @@ class LengthBelief(Observer):
     """
 
     def __init__(self, context: Context) -> None:
-        self._context = context
         self._histories = [_History(WINDOW // 2)]  # by group
         self._groups: OrderedDict[Key, int] = OrderedDict()  # least recently fed first
         self._table = np.full((GROUPS_MAX + 1, WINDOW), _UNKNOWN, np.int64)
@@ -73,10 +72,6 @@ class LengthBelief(Observer):
 
     # ---- one request ----------------------------------------------------------------------------------
 
-    def quantile(self, sequence: SequenceView, q: float) -> int:
-        """Total output tokens that it stays within with probability `q`."""
-        return self.at(sequence, (q,))[0]
-
     def at(self, sequence: SequenceView, places: Iterable[float]) -> list[int]:
         """Total outputs at places from 0 to 1 of its distribution; at uniform places they are draws."""
         values, produced, maximum = self._of(sequence)
@@ -100,11 +95,6 @@ class LengthBelief(Observer):
         # The mean of a line through the support: both ends count half.
         steps = len(values) - first + (values[-1] < maximum)
         return (total + produced - (produced + maximum) / 2) / steps
-
-    def sample(self, sequence: SequenceView, draws: int, round: int) -> Ints:
-        """int64[draws]: independent total outputs; the same for the same request, state and round."""
-        uniform = self._context.random(f"lengths/{sequence.request.id}", round).random(draws)
-        return np.array(self.at(sequence, uniform.tolist()))
 
     # ---- many requests at once ------------------------------------------------------------------------
 

@@ -17,7 +17,6 @@ Array = NDArray[np.float64]
 
 # A step's time bends where its arithmetic outgrows the reading of the weights, hence a slope for each range.
 ROW_BENDS: Final = (64, 256, 1024)
-FEATURES: Final = 5 + len(ROW_BENDS)
 BUCKET_SAMPLES: Final = 12
 READY_SAMPLES: Final = 16  # of these so many with prompts:
 READY_PREFILLS: Final = 4

@@ -28,11 +28,7 @@ class EarliestDeadline(Rank):
         self._version = 0
 
     def key(self, sequence: SequenceView, now_s: float) -> RankKey:
-        request = sequence.request
-        if sequence.first_token_s is None:
-            due_s = self._book.deadline_s(request)
-        else:
-            due_s = self._book.end_due_s(request, request.max_output_tokens, sequence.first_token_s)
+        due_s = self._book.due_s(sequence)
         return (_NEVER if due_s is None else due_s,)
 
     def decoding(self, sequence: SequenceView, now_s: float) -> None:
