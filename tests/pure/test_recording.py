@@ -201,7 +201,7 @@ def test_the_size_limit_ends_a_recording_behind_a_whole_line(
     file.close()
     lines = (tmp_path / "file").read_text().splitlines()
     assert all(json.loads(line) is not None for line in lines)
-    assert 200 < len(lines) <= written + 1 and "recording to file has ended" in capsys.readouterr().err
+    assert 200 < len(lines) == written + 1 and "recording to file has ended" in capsys.readouterr().err
 
 
 def test_a_full_disk_ends_a_recording_behind_a_whole_line(

@@ -58,8 +58,10 @@ class LineFile:
         self._pending.append(text)
         self._pending_bytes += len(text) + 1
         if self._written_bytes + self._pending_bytes > self._bytes_max:
-            self._pending.clear()
-            self._give_up(f"it has reached {format_bytes(self._bytes_max)}")
+            self._pending.pop()
+            self.flush()
+            if self._file is not None:
+                self._give_up(f"it has reached {format_bytes(self._bytes_max)}")
         elif self._pending_bytes >= BUFFER_BYTES:
             self.flush()
         return self._file is not None
