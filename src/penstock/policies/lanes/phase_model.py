@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from penstock.core.phase_profile import PhaseProfile
+from penstock.policies.estimate.step_time import chunk_pairs
 from penstock.policies.lanes import Batch
 
 
@@ -32,15 +33,13 @@ class PhaseModel:
 
     def _attention(self, batch: Batch, compute: float, memory: float) -> float:
         profile = self._profile
-        pairs = sum(new * context - 0.5 * new * (new - 1) for new, context in batch.prefills)
-        read = batch.decode_context + sum(context - new for new, context in batch.prefills)
-        return profile.pair_s * pairs * compute + profile.context_s * read * memory
+        pairs = sum(chunk_pairs(new, context) for new, context in batch.prefills)
+        return profile.pair_s * pairs * compute + profile.context_s * _read_tokens(batch) * memory
 
     def _drawn(self, batch: Batch, share: float) -> float:
         """The fraction of the bandwidth that the batch draws on its share, on average."""
         profile = self._profile
-        read = batch.decode_context + sum(context - new for new, context in batch.prefills)
-        memory_s = profile.weights_s + profile.context_s * read
+        memory_s = profile.weights_s + profile.context_s * _read_tokens(batch)
         return min(1.0, memory_s / self._time(batch, share, 1.0))
 
     def _speed(self, share: float, knee: float, slope: float) -> float:
@@ -49,3 +48,8 @@ class PhaseModel:
             return min(1.0, share)
         whole = knee + slope * (1.0 - knee)
         return (share if share <= knee else knee + slope * (share - knee)) / whole
+
+
+def _read_tokens(batch: Batch) -> int:
+    """Tokens of KV that attention reads, those that the batch makes left out of prompts."""
+    return batch.decode_context + sum(context - new for new, context in batch.prefills)
