@@ -299,6 +299,13 @@ def test_no_picture_lies_about_unused() -> None:
     assert {path.name for path in PAGES_FOLDER.glob("*.svg")} == used
 
 
+def test_the_readme_counts_right() -> None:
+    text = text_of("README.md")
+    assert f"{len(POLICIES)} policies in six slots" in text and len(REGISTRIES) == 6
+    assert f"{len(preset_names())} presets" in text
+    assert f"| architectures | {len(get_args(Architecture))} |" in text
+
+
 def test_what_the_engine_runs_is_listed() -> None:
     text = text_of("docs/engine.md")
     assert set(get_args(Architecture)) - set(inline_code(text)) == set()
