@@ -12,13 +12,14 @@ from fake_executor import FakeExecutor, expected_output, make_replica
 from penstock.core.config import resolve
 from penstock.core.errors import ConfigError
 from penstock.core.events import Finished, Preempted, TokenOut
-from penstock.core.reasons import CancelReason
+from penstock.core.reasons import CancelReason, FinishReason
 from penstock.core.request import Request
 from penstock.core.settings import PolicySettings
 from penstock.core.step import Copy, CopyDone, Direction
 from penstock.policies.context import Context, ServiceTerms
 from penstock.policies.preempt import PREEMPT, CopySize, Manner
 from penstock.policies.rank import RANK
+from penstock.policies.rank.fastswitch import TENANTS_MAX
 from penstock.policies.stack import load_preset, make_stack
 from penstock.policies.view import CopyFacts, StepFacts
 from penstock.replica.host_tier import HostTier
@@ -339,6 +340,20 @@ def test_the_least_served_tenant_goes_first_by_weight() -> None:
     assert made.key(some["big"], 0.0) == made.key(some["small"], 0.0), "nothing moves between updates"
     step(made, 5)
     assert made.key(some["big"], 0.0)[0] == 350 / 4 < made.key(some["small"], 0.0)[0] == 150
+
+
+def test_tenants_are_remembered_up_to_a_number_those_served_most() -> None:
+    made = rank(memory=1.0, interval_steps=1)
+    others = [f"t{number}" for number in range(TENANTS_MAX)]
+    for number, tenant in enumerate([*others, "most"]):
+        each = Sequence(number, Request(f"r{number}", 50, 500, 0.0, tenant=tenant), 0.0)
+        made.submitted(each, 0.0)
+        each.known_len += 300 if tenant == "most" else 1
+        made.finished(each, FinishReason.LENGTH, 0.0)
+    step(made, 2)
+    requests = [Request("asked", 4, 10, 0.0, tenant=tenant) for tenant in [*others, "most"]]
+    shares = [made.key(Sequence(0, each, 0.0), 0.0)[0] for each in requests]
+    assert shares == [51.0] * (TENANTS_MAX - 1) + [0.0, 350.0]
 
 
 def test_wrong_options_and_lanes_are_refused_by_name() -> None:

@@ -16,6 +16,7 @@ from penstock.policies.view import ReplicaView, SequenceView, StepFacts
 MODES: Final = ("least-served", "random", "markov")
 LEVELS: Final = 8  # of the chain
 CHAINS_MAX: Final = 1 << 16
+TENANTS_MAX: Final = 4096  # whose tokens are remembered over an update: who was served most
 _DRAWS: Final = 1 << 64
 
 
@@ -91,14 +92,18 @@ class FastSwitchRank(Rank):
         self._shares = {
             tenant: tokens / self._terms.weight(tenant) for tenant, tokens in self._served.items()
         }
-        kept = {tenant: tokens * self._options.memory for tenant, tokens in self._served.items()}
-        self._served = {tenant: tokens for tenant, tokens in kept.items() if tokens >= 1.0}
+        faded = ((tenant, tokens * self._options.memory) for tenant, tokens in self._served.items())
+        kept = [(tenant, tokens) for tenant, tokens in faded if tokens >= 1.0]
+        if len(kept) > TENANTS_MAX:
+            kept = sorted(kept, key=lambda each: -each[1])[:TENANTS_MAX]
+        self._served = dict(kept)
 
     def _count(self, sequence: SequenceView, counted: int) -> int:
         """Charge the tenant for what is new: prompt tokens with the first output, and every output."""
         served = sequence.total_len if sequence.output_len else 0
-        tenant = sequence.request.tenant
-        self._served[tenant] = self._served.get(tenant, 0.0) + served - counted
+        if served != counted:
+            tenant = sequence.request.tenant
+            self._served[tenant] = self._served.get(tenant, 0.0) + served - counted
         return served
 
     def _draw(self, conversation: str) -> int:
