@@ -15,6 +15,7 @@ from penstock.core.reasons import FinishReason
 from penstock.core.request import Request
 from penstock.policies.context import Context
 from penstock.policies.estimate.service_jobs import Dues, Job, Tier, best_window, drop, merge_programs
+from penstock.policies.estimate.slo_book import SloBook
 from penstock.policies.rank import RANK
 from penstock.policies.rank.jitserve import JitServe
 from penstock.policies.view import StepFacts
@@ -95,21 +96,19 @@ def test_a_missed_first_token_decays_the_prompts_part() -> None:
     assert chat.tier is Tier.LATE
 
 
-@given(st.integers(1, 800), st.integers(1, 800), st.integers(1, 2000))
+@given(st.integers(1, 799), st.integers(1, 799), st.integers(1, 512))
 @settings(max_examples=100, deadline=None)
 def test_priority_falls_with_the_work_left_and_rises_with_the_reward(
     one: int, other: int, prompt: int
 ) -> None:
-    """Of two jobs in time and of one reward, the one with less work left; of one work, the larger reward."""
+    """Of two chats in time and of one reward, the one with less work left; of one work, the larger reward."""
     policy = make()
-    short, long = sorted((one, other))
-    ours, theirs = Job(seq(0, 1), short * STEP_S), Job(seq(1, 1), long * STEP_S)  # type: ignore[arg-type]
-    ours.reward = theirs.reward = 1.0
-    merge_programs([ours, theirs])
+    ours, theirs = (judged(policy, seq(0, 800, produced=produced, slo=CHAT)) for produced in (one, other))
+    assert ours.reward == theirs.reward
+    assert (ours.priority > theirs.priority) == (one > other)
     big = judged(policy, seq(0, 100, prompt=512, slo=JOB))
-    small = judged(policy, seq(1, 100, prompt=min(prompt, 512), slo=JOB))
-    assert big.left_s == small.left_s and big.priority >= small.priority
-    assert ours.reward / ours.left_s >= theirs.reward / theirs.left_s
+    small = judged(policy, seq(1, 100, prompt=prompt, slo=JOB))
+    assert big.left_s == small.left_s and (big.priority > small.priority) == (prompt < 512)
 
 
 def test_the_calls_of_a_program_share_one_priority() -> None:
@@ -137,38 +136,55 @@ def test_the_window_has_the_largest_sum(items: list[tuple[int, int]], size: int)
     assert sum(job.priority for job in chosen) == best
 
 
-@given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 60), st.integers(1, 9)), min_size=1, max_size=9))
+works_and_dues = st.lists(
+    st.tuples(st.integers(1, 20), st.integers(1, 60), st.integers(1, 9)), min_size=1, max_size=9
+)
+
+
+def kept_of(items: list[tuple[int, int, int]]) -> list[int]:
+    """Whom `drop` leaves, of items of (work of one resource, when it must be done, reward)."""
+    jobs = []
+    for index, (work, _, reward) in enumerate(items):
+        job = Job(seq(index, 1), float(work))  # type: ignore[arg-type]
+        job.tier, job.reward = Tier.KEPT, float(reward)
+        jobs.append(job)
+    drop(jobs, [float(due) for _, due, _ in items], [float(work) for work, _, _ in items])
+    return [index for index, job in enumerate(jobs) if job.tier is Tier.KEPT]
+
+
+@given(works_and_dues)
 @settings(max_examples=200, deadline=None)
 def test_what_is_kept_can_be_in_time_and_nothing_is_left_out_needlessly(
     items: list[tuple[int, int, int]],
 ) -> None:
-    """Works of one resource by their deadlines; brute force says whether everything could be done."""
-    jobs, works, dues = [], [], []
-    for index, (work, due, reward) in enumerate(items):
-        job = Job(seq(index, 1), float(work))  # type: ignore[arg-type]
-        job.tier, job.reward = Tier.KEPT, float(reward)
-        jobs.append(job)
-        works.append(float(work))
-        dues.append(float(due))
-    drop(jobs, dues, works)
-    kept = [index for index, job in enumerate(jobs) if job.tier is Tier.KEPT]
-    assert is_feasible(kept, works, dues)
-    if is_feasible(list(range(len(jobs))), works, dues):
-        assert len(kept) == len(jobs)
+    """Brute force says whether everything could be done."""
+    kept = kept_of(items)
+    assert is_feasible(kept, items)
+    if is_feasible(list(range(len(items))), items):
+        assert len(kept) == len(items)
 
 
-def is_feasible(chosen: list[int], works: list[float], dues: list[float]) -> bool:
-    """Some order meets every deadline."""
-    if len(chosen) > 5:  # then by deadline, which is optimal
-        orders: Any = [sorted(chosen, key=lambda index: dues[index])]
-    else:
-        orders = itertools.permutations(chosen)
-    return any(_all_in_time(order, works, dues) for order in orders)
+@given(works_and_dues)
+@settings(max_examples=100, deadline=None)
+def test_of_equal_rewards_as_many_as_possible_are_kept(items: list[tuple[int, int, int]]) -> None:
+    """The case that Moore and Hodgson solve: no larger set can be in time."""
+    alike = [(work, due, 1) for work, due, _ in items]
+    larger = itertools.combinations(range(len(alike)), len(kept_of(alike)) + 1)
+    assert not any(is_feasible(list(chosen), alike) for chosen in larger)
 
 
-def _all_in_time(order: Any, works: list[float], dues: list[float]) -> bool:
-    ends = itertools.accumulate(works[index] for index in order)
-    return all(end <= dues[index] for index, end in zip(order, ends, strict=True))
+def is_feasible(chosen: list[int], items: list[tuple[int, int, int]]) -> bool:
+    """By deadline, which is optimal on one resource, all are in time."""
+    ordered = sorted((items[index] for index in chosen), key=lambda item: item[1])
+    ends = itertools.accumulate(work for work, _, _ in ordered)
+    return all(end <= due for end, (_, due, _) in zip(ends, ordered, strict=True))
+
+
+def test_the_pace_counts_from_the_first_token() -> None:
+    promised = Slo(ttft_ms=1000, tpot_ms=100, e2e_ms=15_000)
+    due = Dues(seq(0, 200, slo=promised).request, SloBook(Context()), Slo())
+    assert due.end_s(11, None) == pytest.approx(2.0) and due.end_s(11, 0.5) == pytest.approx(1.5)
+    assert due.end_s(200, 0.5) == 15.0
 
 
 # ---- frames -------------------------------------------------------------------------------------------
@@ -227,6 +243,52 @@ def test_nobody_is_displaced_who_would_be_late_for_it() -> None:
         policy.submitted(each, 0.0)  # type: ignore[arg-type]
     frame(policy, 1.0)
     assert not policy.outranks(head, running, 1.0)  # type: ignore[arg-type]
+
+
+def test_who_outranks_whom() -> None:
+    """A head that is due or chosen, over who is neither: when it cannot wait, or for half as much again."""
+    policy, head, other = make(), seq(0, 100), seq(1, 100)  # a frame takes 1 s
+
+    def outranks(tier: Tier, slack_s: float, priority: float, over: Tier) -> bool:
+        ours, theirs = Job(head, 1.0), Job(other, 1.0)  # type: ignore[arg-type]
+        ours.tier, ours.slack_s, ours.priority = tier, slack_s, priority
+        theirs.tier, theirs.priority = over, 2.0
+        policy._jobs = {0: ours, 1: theirs}
+        return policy.outranks(head, other, 0.0)  # type: ignore[arg-type]
+
+    assert [tier for tier in Tier if outranks(tier, 9.0, 3.0, Tier.KEPT)] == [Tier.DUE, Tier.CHOSEN]
+    assert not outranks(Tier.CHOSEN, 9.0, 2.9, Tier.KEPT)
+    assert outranks(Tier.CHOSEN, 0.9, 0.0, Tier.KEPT) and outranks(Tier.CHOSEN, 9.0, 0.0, Tier.LATE)
+    assert not any(outranks(Tier.DUE, 0.0, 99.0, over) for over in (Tier.DUE, Tier.CHOSEN))
+
+
+def test_a_program_is_given_as_many_places_as_its_work_needs() -> None:
+    """12 s of work are left and 5 s to do it in: two calls at a time, those with most work left."""
+    policy = make()
+    calls = [judged(policy, seq(i, 100 * (i + 1), slo=Slo(e2e_ms=10_000), program_id="p")) for i in range(3)]
+    for due, chosen in ((None, [1, 2]), (2, [1])):
+        for index, call in enumerate(calls):
+            call.tier = Tier.DUE if index == due else Tier.KEPT
+        policy._top_up(calls, 5.0)
+        assert [index for index, call in enumerate(calls) if call.tier is Tier.CHOSEN] == chosen
+
+
+def test_places_end_with_the_slots_or_with_the_kv() -> None:
+    """Each will hold 100 tokens of prompt and half of the 100 of its output, in the mean."""
+    policy = make()
+    jobs = [judged(policy, seq(index, 100)) for index in range(10)]
+    for block_count, places in ((1000, 8), (20, 2), (1, 1)):
+        policy._view.block_count = block_count  # type: ignore[misc]
+        assert policy._places(jobs) == places
+
+
+def test_who_runs_is_due_earlier_by_what_it_would_compute_again() -> None:
+    policy, runs = make(), seq(0, 100, produced=50, prompt=1000)
+    waits = seq(1, 100, produced=50, prompt=1000)
+    runs.block_count = 66
+    reserves_s = [policy._reserve_s(judged(policy, each)) for each in (waits, runs)]
+    assert reserves_s[0] == pytest.approx(50 * STEP_S + STEP_S + 50 * STEP_S), "a frame, a step, its work"
+    assert reserves_s[1] - reserves_s[0] == pytest.approx(3 * STEP_S), "1,050 tokens in steps of 512"
 
 
 def test_who_was_promised_nothing_may_be_taken_for_a_chat() -> None:
