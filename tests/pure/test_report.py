@@ -123,6 +123,22 @@ def test_classes_without_slo_are_left_out() -> None:
     assert report.goodput.requests == 1
 
 
+def test_the_reader_is_told_how_many_requests_carry_no_slo() -> None:
+    chat, batch = answered(0, 0.1), answered(0, 9, slo_class="batch")
+    for outcomes, said in (
+        ([chat], "100 % of requests within their SLO"),
+        ([chat, batch], "100 % of requests within their SLO; 1 has none"),
+        ([chat, batch, batch], "100 % of requests within their SLO; 2 have none"),
+        ([batch], "no request has an SLO"),
+    ):
+        report = Report.build(given_run(*outcomes, slos={"chat": Slo(500)}))
+        terminal = Console(file=io.StringIO(), width=100)
+        print_report(report, terminal)
+        shown = next(line for line in terminal.file.getvalue().splitlines() if "goodput" in line)
+        assert shown.rstrip().endswith(f"req/s, {said}")
+        assert said in report_html.render(report)
+
+
 def test_nothing_measured_is_a_report_too() -> None:
     for outcomes in ((), (lost(0),), (lost(0, INTERRUPTED),)):
         report = Report.build(given_run(*outcomes))

@@ -98,12 +98,11 @@ def _tiles(report: Report) -> str:
         ),
     ]
     if report.classes:
-        share = wording.percent(report.goodput.attained_frac)
         tiles.append(
             _tile(
                 "Goodput",
                 f"{report.goodput.goodput_rps:.3g} <small>req/s</small>",
-                f"{share} within the SLO",
+                wording.attained(report.goodput, report.requests.measured),
                 "good" if report.goodput.attained_frac >= 0.99 else "",
             )
         )

@@ -47,8 +47,8 @@ def _summary(report: Report) -> Table:
         f"{wording.number(rates.prompt_tokens_per_s)} prompt tokens/s, {_rate(rates.answered_rps)}",
     )
     if report.classes:
-        share = wording.percent(report.goodput.attained_frac)
-        table.add_row("goodput", f"{_rate(report.goodput.goodput_rps)}, {share} of requests within their SLO")
+        share = wording.attained(report.goodput, counts.measured)
+        table.add_row("goodput", f"{_rate(report.goodput.goodput_rps)}, {share}")
     return table
 
 

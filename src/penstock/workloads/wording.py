@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from penstock.core.metrics import Slo
+from penstock.core.metrics import Goodput, Slo
 
 
 def milliseconds(value_ms: float) -> str:
@@ -40,6 +40,15 @@ def percent(fraction: float) -> str:
     if fraction >= 1:
         return "100 %"
     return f"{math.floor(fraction * 1000 + 1e-9) / 10:g} %"
+
+
+def attained(found: Goodput, measured: int) -> str:
+    """`97.3 % of requests within their SLO; 20 have none`, of `measured` requests."""
+    if not found.requests:
+        return "no request has an SLO"
+    without = measured - found.requests
+    said = f"{percent(found.attained_frac)} of requests within their SLO"
+    return f"{said}; {without} {'has' if without == 1 else 'have'} none" if without else said
 
 
 def slo(target: Slo) -> str:
