@@ -80,7 +80,7 @@ class Ours:
         )
         self._limits = ReplicaLimits(blocks + 64, BLOCK_TOKENS, 64, 512, 8192)
         store = KVStore(self._model.config, self._limits.kv_blocks, BLOCK_TOKENS, DTYPE, torch.device("cpu"))
-        attention = make_attention(self._model.config, store, THREADS)
+        attention = make_attention(self._model.config, store)
         self._executor = TorchExecutor(self._model, store, attention, THREADS)
 
     def run(self, case: Case) -> Measured:

@@ -38,7 +38,7 @@ GREEDY = SamplingParams(temperature=0.0)
 class FixedThreads(Threads):
     """The same count for every step, changed from outside."""
 
-    def count_for(self, rows: int) -> int:
+    def count_for(self, rows: int, most: int | None = None) -> int:
         return self.most
 
 

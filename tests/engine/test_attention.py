@@ -11,7 +11,6 @@ from torch import Tensor
 from penstock.engine.attention import AttentionBackend, PagedCpuAttention, SequenceRows, TorchAttention
 from penstock.engine.kernels import load_kernels
 from penstock.engine.kv_store import KVStore
-from penstock.engine.threads import Threads
 from penstock.models.config import ModelConfig, RopeConfig
 
 LENGTHS = (1, 15, 16, 17, 100, 300)
@@ -44,7 +43,7 @@ def backend_of(name: str, config: ModelConfig, store: KVStore) -> AttentionBacke
     kernels = load_kernels()
     if kernels is None:
         pytest.skip("the compiled kernels are not built here")
-    return PagedCpuAttention(config, store, kernels, Threads(2))
+    return PagedCpuAttention(config, store, kernels)
 
 
 def textbook(config: ModelConfig, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -116,7 +115,7 @@ def test_agrees_with_the_textbook(
                 items.append(SequenceRows(first_row, cut[step] - start, start, tables[index]))
                 parts.append(tuple(tensor[start : cut[step]] for tensor in full[index]))
         q, k, v = (torch.cat([part[i] for part in parts]) for i in range(3))
-        out = backend.plan(items).attend(0, q, k, v)
+        out = backend.plan(items, 2).attend(0, q, k, v)
         owners = [index for index, cut in enumerate(cuts) if cut[step] > (cut[step - 1] if step else 0)]
         for item, owner in zip(items, owners, strict=True):
             got[owner].append(out[item.first_row : item.first_row + item.count])
@@ -132,7 +131,7 @@ def test_the_kernels_refuse_shapes_they_do_not_take(change: dict[str, int]) -> N
 
     config = replace(config_of(2, 1, 32, None, None), **change)
     store = KVStore(config, 4, 16, torch.float32, torch.device("cpu"))
-    assert make_attention(config, store, Threads(1)).name == "torch"
+    assert make_attention(config, store).name == "torch"
 
 
 def test_extreme_scores_stay_finite() -> None:
@@ -143,5 +142,5 @@ def test_extreme_scores_stay_finite() -> None:
         q = torch.full((20, 2, 16), 300.0)
         k = torch.linspace(-300, 300, 20)[:, None, None].expand(20, 1, 16).contiguous()
         v = torch.arange(20.0)[:, None, None].expand(20, 1, 16).contiguous()
-        out = backend.plan([SequenceRows(0, 20, 0, [2, 1])]).attend(0, q, k, v)
+        out = backend.plan([SequenceRows(0, 20, 0, [2, 1])], 2).attend(0, q, k, v)
         torch.testing.assert_close(out[:, 0, 0], torch.arange(20.0))

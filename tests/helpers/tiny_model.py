@@ -86,7 +86,7 @@ class TinyEngine:
         if self.attention == "torch":
             backend = TorchAttention(self.model.config, store)
         else:
-            backend = make_attention(self.model.config, store, THREADS)
+            backend = make_attention(self.model.config, store)
             assert backend.name == self.attention, "the kernels were not built"
         host = HostKV(store, host_blocks, bytes_per_s) if host_blocks else None
         return TorchExecutor(self.model, store, backend, THREADS, host)

@@ -16,7 +16,6 @@ from torch import Tensor
 from penstock.engine.kernels import AttendArgs, Kernels, load_kernels
 from penstock.engine.kv_store import KVStore
 from penstock.engine.model import LayerAttention
-from penstock.engine.threads import Threads
 from penstock.models.config import ModelConfig
 
 
@@ -31,21 +30,21 @@ class SequenceRows:
 
 
 class AttentionBackend(Protocol):
-    """Makes the `LayerAttention` of one step."""
+    """Makes the `LayerAttention` of one step, on so many threads."""
 
     @property
     def name(self) -> str: ...
 
-    def plan(self, items: Sequence[SequenceRows]) -> LayerAttention: ...
+    def plan(self, items: Sequence[SequenceRows], threads: int) -> LayerAttention: ...
 
 
-def make_attention(config: ModelConfig, store: KVStore, threads: Threads) -> AttentionBackend:
+def make_attention(config: ModelConfig, store: KVStore) -> AttentionBackend:
     """The compiled kernels where they take this model, this page size and this device; torch otherwise."""
     kernels = load_kernels()
     fits = config.head_dim % 16 == 0 and config.head_dim <= 256 and store.block_tokens % 16 == 0
     on_cpu = store.k.device.type == "cpu" and store.k.dtype in (torch.bfloat16, torch.float32)
     if kernels is not None and fits and on_cpu and config.heads // config.kv_heads <= 48:
-        return PagedCpuAttention(config, store, kernels, threads)
+        return PagedCpuAttention(config, store, kernels)
     return TorchAttention(config, store)
 
 
@@ -63,15 +62,13 @@ class PagedCpuAttention:
 
     name = "paged-cpu"
 
-    def __init__(self, config: ModelConfig, store: KVStore, kernels: Kernels, threads: Threads) -> None:
+    def __init__(self, config: ModelConfig, store: KVStore, kernels: Kernels) -> None:
         self._config = config
         self._store = store
         self._kernels = kernels
-        self._threads = threads
 
-    def plan(self, items: Sequence[SequenceRows]) -> LayerAttention:
-        rows = sum(item.count for item in items)
-        return _PagedStep(self._config, self._store, self._kernels, self._threads.count_for(rows), items)
+    def plan(self, items: Sequence[SequenceRows], threads: int) -> LayerAttention:
+        return _PagedStep(self._config, self._store, self._kernels, threads, items)
 
 
 class _PagedStep:
@@ -146,7 +143,7 @@ class TorchAttention:
         self._config = config
         self._store = store
 
-    def plan(self, items: Sequence[SequenceRows]) -> LayerAttention:
+    def plan(self, items: Sequence[SequenceRows], threads: int) -> LayerAttention:
         return _TorchStep(self._config, self._store, items)
 
 

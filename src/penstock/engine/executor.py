@@ -2,6 +2,11 @@
 
 A step is one pass over the concatenated rows of everything in it, prompt chunks and decodes alike. What the
 plan does not say (tokens of known sequences, block tables) is kept here, per sequence.
+
+    begin(plan) ─► StepWork ─► compute(work) ─► end(work, result)
+
+Only `compute` takes long. It reads and writes nothing that `begin` and `end` change for other sequences, so
+that steps of different sequences may be computed by several threads at once (`engine/lanes.py`).
 """
 
 from __future__ import annotations
@@ -39,8 +44,20 @@ class _Live:
         return SamplingRow(self.start.sampling, self.tokens, self.start.prompt_len, banned)
 
 
+@dataclass(slots=True)
+class StepWork:
+    """A step that has begun: everything that computing it reads, beside weights and pages."""
+
+    chunks: list[Chunk]  # decodes as chunks of one
+    lives: list[_Live]  # of each chunk
+    token_ids: list[int]
+    positions: list[int]
+    rows: list[SequenceRows]
+    threads: int
+
+
 class TorchExecutor:
-    """Runs plans on a model. Not thread-safe: plans come one after the other."""
+    """Runs plans on a model. Plans begin and end one after the other, on one thread."""
 
     def __init__(
         self,
@@ -62,6 +79,10 @@ class TorchExecutor:
     @property
     def store(self) -> KVStore:
         return self._store
+
+    @property
+    def threads(self) -> Threads:
+        return self._threads
 
     def use_host(self, host: HostKV | None) -> None:
         """Another host memory, or none; nothing is under way."""
@@ -88,24 +109,48 @@ class TorchExecutor:
         for pages in (self._store.k, self._store.v):
             pages[:, :block_count].normal_()
 
-    @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Raises whatever torch raises; the sequences of the plan are then in an unknown state."""
+        self._take_in(plan)
+        stalled_s = 0.0 if self._host is None else self._copy(plan, self._host)
+        began_s = time.perf_counter()
+        if not plan.token_count:
+            return StepResult({}, copied=self._copied(), stalled_s=stalled_s)
+        work = self._work(plan, None)
+        result = self.compute(work)
+        self.end(work, result)
+        result.duration_s = time.perf_counter() - began_s
+        result.copied, result.stalled_s = self._copied(), stalled_s
+        return result
+
+    def begin(self, plan: StepPlan, threads_max: int) -> StepWork:
+        """Take in what the plan changes, and gather what it computes, on at most so many threads.
+
+        The plan has no copies.
+        """
+        self._take_in(plan)
+        return self._work(plan, threads_max)
+
+    @torch.inference_mode()
+    def compute(self, work: StepWork) -> StepResult:
+        """One pass through the model, and a token of each chunk that emits. Raises whatever torch raises."""
+        self._threads.use(work.threads)
+        return self._sample(work, self._forward(work))
+
+    def end(self, work: StepWork, result: StepResult) -> None:
+        """Note the tokens. Who was forgotten since the step began gets none."""
+        assert result.tokens is not None
+        for chunk, live in zip(work.chunks, work.lives, strict=True):
+            if chunk.emits and self._live.get(chunk.seq_id) is live:
+                live.tokens.append(result.tokens[chunk.seq_id])
+                self._decoding[chunk.seq_id] = live
+
+    def _take_in(self, plan: StepPlan) -> None:
         self.forget(plan.ends)
         for start in plan.starts:
             self._begin(start)
         for seq_id, blocks in plan.new_blocks:
             self._store.extend(seq_id, blocks)
-        stalled_s = 0.0 if self._host is None else self._copy(plan, self._host)
-        began_s = time.perf_counter()
-        if not plan.token_count:
-            return StepResult({}, copied=self._copied(), stalled_s=stalled_s)
-        self._threads.use_for(plan.token_count)
-        chunks = [*plan.chunks, *self._decodes(plan)]
-        result = self._sample(chunks, self._forward(chunks))
-        result.duration_s = time.perf_counter() - began_s
-        result.copied, result.stalled_s = self._copied(), stalled_s
-        return result
 
     def _copy(self, plan: StepPlan, host: HostKV) -> float:
         """Begin the plan's copies, and wait for those it needs. Returns how long that took."""
@@ -136,29 +181,32 @@ class TorchExecutor:
         assert len(decodes) == plan.decode_count, "replica and executor agree on who decodes"
         return decodes
 
-    def _forward(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Hidden states [rows, hidden] of all chunks, in order."""
-        token_ids: list[int] = []
-        positions: list[int] = []
-        rows: list[SequenceRows] = []
-        for chunk in chunks:
+    def _work(self, plan: StepPlan, threads_max: int | None) -> StepWork:
+        chunks = [*plan.chunks, *self._decodes(plan)]
+        lives = [self._live[chunk.seq_id] for chunk in chunks]
+        threads = self._threads.count_for(plan.token_count, threads_max)
+        work = StepWork(chunks, lives, [], [], [], threads)
+        for chunk, live in zip(chunks, lives, strict=True):
             stop = chunk.start + chunk.count
             table = self._store.table(chunk.seq_id)
-            rows.append(SequenceRows(len(token_ids), chunk.count, chunk.start, table))
-            token_ids += self._live[chunk.seq_id].tokens[chunk.start : stop]
-            positions += range(chunk.start, stop)
-        hidden = self._model.embed(torch.tensor(token_ids, device=self._device))
-        attention = self._attention.plan(rows)
-        layers = range(self._model.config.layers)
-        return self._model.run(layers, hidden, torch.tensor(positions, device=self._device), attention)
+            work.rows.append(SequenceRows(len(work.token_ids), chunk.count, chunk.start, table))
+            work.token_ids += live.tokens[chunk.start : stop]
+            work.positions += range(chunk.start, stop)
+        return work
 
-    def _sample(self, chunks: Sequence[Chunk], hidden: Tensor) -> StepResult:
+    def _forward(self, work: StepWork) -> Tensor:
+        """Hidden states [rows, hidden] of all chunks, in order."""
+        hidden = self._model.embed(torch.tensor(work.token_ids, device=self._device))
+        positions = torch.tensor(work.positions, device=self._device)
+        attention = self._attention.plan(work.rows, work.threads)
+        return self._model.run(range(self._model.config.layers), hidden, positions, attention)
+
+    def _sample(self, work: StepWork, hidden: Tensor) -> StepResult:
         tokens: dict[int, int] = {}
         result = StepResult(tokens)
         emitting: list[tuple[_Live, int]] = []  # with the row of its last token
         row = 0
-        for chunk in chunks:
-            live = self._live[chunk.seq_id]
+        for chunk, live in zip(work.chunks, work.lives, strict=True):
             self._score_prompt(live, chunk, hidden[row : row + chunk.count], result)
             row += chunk.count
             if chunk.emits:
@@ -171,9 +219,7 @@ class TorchExecutor:
             seq_id, wanted = live.start.seq_id, live.start.sampling.logprobs
             if wanted is not None:
                 result.logprobs[seq_id] = token_logprobs(logits[index], token_id, wanted)
-            live.tokens.append(token_id)
             tokens[seq_id] = token_id
-            self._decoding[seq_id] = live
         return result
 
     def _score_prompt(self, live: _Live, chunk: Chunk, hidden: Tensor, result: StepResult) -> None:

@@ -101,22 +101,27 @@ def measure_rows_min(
 ) -> int | None:
     """The least row count from which results do not depend on it; None if there is none among those tried.
 
-    Each call uses the threads that a step of so many rows will use, so that these are compared as well.
+    Each call is made on every number of threads that a step of so many rows may have, so that these are
+    compared as well.
     """
 
-    def run(x: Tensor) -> Tensor:
-        threads.use_for(len(x))
+    def run(x: Tensor, count: int) -> Tensor:
+        threads.use(count)
         return multiply(x)
 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(max(_ROWS_TRIED), columns, generator=generator).to(dtype)
-    whole = run(x)
+    whole = run(x, threads.most)
 
     def is_equal(rows: int) -> bool:
         """Whether calls of `rows` rows give what one call of all does."""
         calls = min(len(x) // rows, ceil_div(_RESULTS_COMPARED, rows * whole.shape[1]))
         starts = range(0, calls * rows, rows)
-        return all(torch.equal(run(x[at : at + rows]), whole[at : at + rows]) for at in starts)
+        return all(
+            torch.equal(run(x[at : at + rows], count), whole[at : at + rows])
+            for count in threads.counts_for(rows)
+            for at in starts
+        )
 
     unequal = [rows for rows in _ROWS_TRIED if not is_equal(rows)]
     return next((rows_min for rows_min in _ROWS_MIN_TRIED if all(r < rows_min for r in unequal)), None)

@@ -33,17 +33,23 @@ def wait_briefly() -> None:
 class Threads:
     """The thread count of each step; a step's result does not depend on it (measured at load)."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, *, are_shared: bool = False) -> None:
+        """`are_shared`: steps of two lanes share the cores out, and may have any number of them."""
         self.most = most
+        self._are_shared = are_shared
 
-    def count_for(self, rows: int) -> int:
-        return 1 if rows < FEW_ROWS else self.most
+    def count_for(self, rows: int, most: int | None = None) -> int:
+        """Of a step of so many rows that may have `most` of them (None: all)."""
+        return 1 if rows < FEW_ROWS else (most or self.most)
 
-    def use_for(self, rows: int) -> int:
-        """Set torch's threads for a step of so many rows; returns their number."""
+    def counts_for(self, rows: int) -> range:
+        """All that a step of so many rows may ever have."""
+        count = self.count_for(rows)
+        return range(1 if self._are_shared else count, count + 1)
+
+    def use(self, count: int) -> None:
+        """Set torch's threads for steps that the calling thread computes."""
         import torch
 
-        count = self.count_for(rows)
-        if torch.get_num_threads() != count:
+        if torch.get_num_threads() != count:  # asked first: a new thread's first answer is a default
             torch.set_num_threads(count)
-        return count
