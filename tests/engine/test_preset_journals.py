@@ -8,16 +8,16 @@ ones, stops, and cancels of the waiting and the running. A new preset is covered
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
-import threading
 from collections import Counter, deque
+from contextlib import closing
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_thread import WAIT_S, EngineThread
 from tiny_model import Source, write_tiny_llama
 
 from penstock.core.config import resolve
@@ -26,12 +26,11 @@ from penstock.core.metrics import Slo
 from penstock.core.reasons import CancelReason
 from penstock.core.request import Request, SamplingParams
 from penstock.core.settings import Settings
-from penstock.engine import worker
+from penstock.engine.commands import Cancel, Submit
 from penstock.policies.stack import load_preset, preset_names
-from penstock.replica.messages import ReplicaInfo, StepReport
+from penstock.replica.messages import StepReport
 from penstock.twin.exact import replay_journal
 
-WAIT_S = 60.0
 VOCAB = 128
 SINGLES, PROGRAMS, TURNS = 40, 8, 4
 OPEN_MAX = 20
@@ -148,10 +147,10 @@ def drive(connection: Connection, load: Load) -> None:
             request = load.ready.popleft()
             open_requests[request.id] = request
             load.outputs[request.id] = []
-            connection.send(worker.Submit(request))
+            connection.send(Submit(request))
             sent += 1
             if sent % 12 == 5:
-                connection.send(worker.Cancel(request.id, CancelReason.CLIENT_DISCONNECT))
+                connection.send(Cancel(request.id, CancelReason.CLIENT_DISCONNECT))
         assert connection.poll(WAIT_S), "the engine is silent"
         report = connection.recv()
         assert isinstance(report, StepReport)
@@ -162,7 +161,7 @@ def drive(connection: Connection, load: Load) -> None:
                 output = load.outputs[event.request_id]
                 output.append(event.token_id)
                 if len(output) == 3 and sum(map(ord, event.request_id)) % 9 == 0:
-                    connection.send(worker.Cancel(event.request_id, CancelReason.STOP_STRING))
+                    connection.send(Cancel(event.request_id, CancelReason.STOP_STRING))
 
 
 # ---- the run ----------------------------------------------------------------------------------------------
@@ -173,37 +172,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Source:
     return write_tiny_llama(tmp_path_factory.mktemp("model") / "tiny")
 
 
-def served_presets() -> list[str]:
-    """Those that an engine can run: lanes are the twin's alone."""
-    return [name for name in preset_names() if load_preset(name)["policies"].get("lanes", "none") == "none"]
-
-
-@pytest.fixture(scope="module", params=served_presets())
+@pytest.fixture(scope="module", params=preset_names())
 def journal(request: pytest.FixtureRequest, tiny: Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
-    ours, theirs = multiprocessing.Pipe()
-    heartbeat = multiprocessing.Value("q", 0, lock=False)
-    settings = settings_of(request.param, folder)
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            worker._start(theirs, heartbeat, settings, tiny, "tiny").run()  # type: ignore[arg-type]
-        except BaseException as error:
-            failed.append(error)
-            theirs.close()
-
-    thread = threading.Thread(target=run, name="engine", daemon=True)
-    thread.start()
-    try:
-        while not isinstance(ours.recv(), ReplicaInfo):
-            pass  # stages of starting
-        drive(ours, Load(seed=5))
-    finally:
-        if thread.is_alive():
-            ours.send(worker.Close())
-        thread.join(WAIT_S)
-    assert not failed, failed
+    with closing(EngineThread(settings_of(request.param, folder), tiny)) as engine:
+        drive(engine.connection, Load(seed=5))
+    assert not engine.failed, engine.failed
     return folder / "journal.jsonl"
 
 

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from penstock.core.config import resolve
 from penstock.core.errors import ConfigError
 from penstock.core.metrics import Slo
 from penstock.core.phase_profile import PhaseProfile
 from penstock.core.request import Request
-from penstock.core.settings import PolicySettings
+from penstock.core.settings import PolicySettings, Settings
 from penstock.policies.context import Context, ServiceTerms
 from penstock.policies.lanes import FLOOR, LANES, Batch, Lane, Shares
 from penstock.policies.lanes.latency_fits import QueueFit, fit_queue, fit_speed, r_squared
@@ -22,7 +23,7 @@ from penstock.policies.lanes.nexus import ASSUMED, EVALUATIONS_MAX, Nexus
 from penstock.policies.lanes.phase_model import PhaseModel
 from penstock.policies.lanes.semi_pd import SemiPd, SemiPdOptions, adjusted
 from penstock.policies.rank import RANK
-from penstock.policies.stack import check_servable, make_stack
+from penstock.policies.stack import check_servable, load_preset, make_stack
 from penstock.policies.view import ReplicaView, SequenceView, StepFacts
 
 PROMPT = Batch(((1024, 3000),))
@@ -44,11 +45,24 @@ def sequence(index: int, arrival_s: float = 0.0, **fields: Any) -> SequenceView:
 # ---- which stacks there are -------------------------------------------------------------------------------
 
 
-def test_lanes_are_refused_where_something_serves() -> None:
-    check_servable(PolicySettings())
-    with pytest.raises(ConfigError, match="runs in the twin only") as caught:
-        check_servable(PolicySettings(lanes="nexus"))
-    assert caught.value.hint is not None and "penstock simulate" in caught.value.hint
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("replica.device", "cuda"),
+        ("replica.host_kv_memory", "auto"),
+        ("record.steps", "steps.jsonl"),
+        ("twin.profile", "cpu.toml"),
+    ],
+)
+def test_what_does_not_go_with_lanes_is_refused_before_a_model_is_loaded(name: str, value: str) -> None:
+    def resolved(lanes: str) -> Settings:
+        flags = {"policies.lanes": lanes, name: value}
+        return resolve(file_text="", file_name="", environ={}, flags=flags, load_preset=load_preset).settings
+
+    check_servable(resolved("none"))
+    with pytest.raises(ConfigError, match="does not go with `lanes = nexus`") as caught:
+        check_servable(resolved("nexus"))
+    assert caught.value.param == name and name in str(caught.value.hint)
 
 
 def test_a_typo_names_the_nearest() -> None:

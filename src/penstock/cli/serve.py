@@ -109,7 +109,7 @@ def run_server(settings: Settings, ready_file: Path | None, as_json: bool) -> in
 
     # What can be wrong without a model is told before one is loaded: a policy's name, a taken port.
     make_stack_of(settings)
-    check_servable(settings.policies)
+    check_servable(settings)
     sock = bind(settings.gateway.host, settings.gateway.port)
     with show_progress() as progress:
         source = resolve(settings.model, progress=progress)

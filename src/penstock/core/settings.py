@@ -64,7 +64,7 @@ class PolicySettings:
     compose: str = setting("sarathi", "tokens of each sequence in the next step")
     preempt: str = setting("youngest-recompute", "victim and manner when KV runs out")
     retain: str = setting("lru", "which unused KV to drop first")
-    lanes: str = setting("none", "shares of the device for prefill and decode; others than `none`: twin only")
+    lanes: str = setting("none", "shares of the device for prefill and decode; `none`: one step at a time")
     options: dict[str, dict[str, Any]] = setting(
         dict, "settings of single policies: a table `[policies.options.NAME]` each; JSON in the environment"
     )

@@ -26,6 +26,7 @@ from penstock.engine.memory import host_block_count, kv_block_count
 from penstock.engine.model import DecoderModel
 from penstock.engine.threads import Threads
 from penstock.models.config import ModelConfig, ModelFiles
+from penstock.policies.stack import check_servable, lanes_split
 from penstock.replica.limits import ReplicaLimits
 from penstock.replica.messages import ReplicaInfo
 
@@ -64,7 +65,9 @@ def build_engine(
     """Load everything. Raises ModelError, ConfigError or EnvironmentMissing."""
     replica = settings.replica
     device = choose_device(replica.device)
-    threads = threads or Threads(choose_threads(replica.threads))
+    if device.type == "cuda":
+        check_servable(replace(settings, replica=replace(replica, device="cuda")))
+    threads = threads or Threads(choose_threads(replica.threads), are_shared=lanes_split(settings.policies))
     with stages.timed("weights"):
         checkpoint = open_checkpoint(source)
         config = checkpoint.config
@@ -83,7 +86,7 @@ def build_engine(
         model.reserve_positions(limits.context_len_max)
         store = KVStore(config, blocks, replica.kv_block_tokens, dtype, device)
         host = HostKV(store, limits.host_kv_blocks) if limits.host_kv_blocks else None
-    executor = TorchExecutor(model, store, make_attention(config, store, threads), threads, host)
+    executor = TorchExecutor(model, store, make_attention(config, store), threads, host)
     info = ReplicaInfo(
         engine="0",
         model=model_name,

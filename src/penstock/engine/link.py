@@ -13,7 +13,8 @@ from penstock.core.errors import EnvironmentMissing, PenstockError, WarmingUp
 from penstock.core.reasons import CancelReason
 from penstock.core.request import Request
 from penstock.core.settings import Settings
-from penstock.engine import worker
+from penstock.engine.commands import Advise, Cancel, Close, Command, StageDone, StartFailed, Submit
+from penstock.engine.worker import run_engine
 from penstock.models.source import ModelSource
 from penstock.replica.messages import Advice, ReplicaDied, ReplicaInfo, StepReport
 
@@ -32,7 +33,7 @@ class EngineLink:
         self._connection, theirs = context.Pipe()
         self._heartbeat = context.Value("q", 0, lock=False)
         self._process = context.Process(
-            target=worker.run_engine,
+            target=run_engine,
             args=(theirs, self._heartbeat, settings, source, model_name),
             name=f"penstock-engine-{engine}",
             daemon=True,
@@ -40,7 +41,7 @@ class EngineLink:
         self._engine = engine
         self._info: ReplicaInfo | None = None
         self._callback: ReportCallback | None = None
-        self._commands: queue.SimpleQueue[worker.Command | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._process.start()
         theirs.close()
@@ -61,13 +62,13 @@ class EngineLink:
         try:
             while True:
                 message = self._connection.recv()
-                if isinstance(message, worker.StageDone):
+                if isinstance(message, StageDone):
                     on_stage(message.name, message.seconds)
                 elif isinstance(message, ReplicaInfo):
                     self._info = replace(message, engine=self._engine)
                     return self._info
                 else:
-                    assert isinstance(message, worker.StartFailed)
+                    assert isinstance(message, StartFailed)
                     raise _start_error(message.error)
         except (EOFError, ConnectionResetError):
             self._process.join(5.0)
@@ -85,13 +86,13 @@ class EngineLink:
             self._threads.append(thread)
 
     def submit(self, request: Request) -> None:
-        self._commands.put(worker.Submit(request))
+        self._commands.put(Submit(request))
 
     def cancel(self, request_id: str, reason: CancelReason) -> None:
-        self._commands.put(worker.Cancel(request_id, reason))
+        self._commands.put(Cancel(request_id, reason))
 
     def advise(self, advice: Advice) -> None:
-        self._commands.put(worker.Advise(advice))
+        self._commands.put(Advise(advice))
 
     def heartbeat(self) -> int:
         return int(self._heartbeat.value)
@@ -102,11 +103,11 @@ class EngineLink:
     def close(self, timeout_s: float) -> None:
         """Ask the process to end, then make it. Safe to call twice."""
         if self._threads:
-            self._commands.put(worker.Close())
+            self._commands.put(Close())
             self._commands.put(None)
         else:
             with contextlib.suppress(OSError):
-                self._connection.send(worker.Close())
+                self._connection.send(Close())
         self._process.join(timeout_s)
         if self._process.is_alive():
             self._process.kill()

@@ -18,6 +18,7 @@ from penstock.core.request import Request
 from penstock.core.settings import Settings
 from penstock.core.step import StepPlan, StepResult
 from penstock.core.step_trace import StepRecord, StepTimes
+from penstock.policies.lanes import Lane
 from penstock.policies.stack import terms_of
 from penstock.replica import journal
 from penstock.replica.journal import Journal
@@ -48,37 +49,50 @@ class Recording:
             self._steps = self._open(wanted.steps, step_trace.header())
         self._measures = bool(wanted.steps or settings.twin.profile)
         self._meter = StepMeter()
-        self._is_idle = False
+        self._idle: set[Lane | None] = set()  # who had nothing to do when asked last, and nothing came since
         self._flushed_s = 0.0  # on the engine's clock
 
     def submitted(self, request: Request, now_s: float) -> None:
+        self._idle.clear()
         if self._journal is not None:
             self._journal.submitted(request, now_s)
 
     def cancelled(self, request_id: str, reason: CancelReason, now_s: float) -> None:
+        self._idle.clear()
         if self._journal is not None:
             self._journal.cancelled(request_id, reason.value, now_s)
 
     def advised(self, advice: Advice, now_s: float) -> None:
+        self._idle.clear()
         if self._journal is not None:
             self._journal.advised(advice, now_s)
 
-    def planned(self, plan: StepPlan | None, now_s: float) -> None:
-        """The plans of an idle replica are all alike, and only the first is written."""
-        was_idle, self._is_idle = self._is_idle, plan is None
-        if was_idle and self._is_idle:
+    def planned(self, plan: StepPlan | None, now_s: float, lane: Lane | None = None) -> None:
+        """The plans of who is idle are all alike, and only the first is written."""
+        if plan is not None:
+            self._idle.clear()
+        elif lane in self._idle:
             return
+        else:
+            self._idle.add(lane)
         if self._journal is not None:
-            self._journal.planned(plan, now_s)
-        if self._is_idle or now_s - self._flushed_s >= FLUSH_S:
+            self._journal.planned(plan, now_s, lane)
+        is_idle = len(self._idle) == (1 if lane is None else len(Lane))
+        if is_idle or now_s - self._flushed_s >= FLUSH_S:
             self._flush(now_s)
 
     def completed(
-        self, plan: StepPlan, result: StepResult, events: Sequence[ReplicaEvent], times: StepTimes
+        self,
+        plan: StepPlan,
+        result: StepResult,
+        events: Sequence[ReplicaEvent],
+        times: StepTimes,
+        lane: Lane | None = None,
     ) -> StepRecord | None:
         """The step's record, where anything reads one."""
+        self._idle.clear()
         if self._journal is not None:
-            self._journal.completed(result, events, times.ended_s)
+            self._journal.completed(result, events, times.ended_s, lane)
         record = self._meter.record(plan, result, times) if self._measures else None
         if not plan.token_count:
             record = None  # it only waited for copies

@@ -86,14 +86,28 @@ def make_stack_of(settings: Settings) -> Stack:
     return make_stack(settings.policies, terms_of(settings))
 
 
-def check_servable(policies: PolicySettings) -> None:
-    """Raises ConfigError for a stack that only the twin can run."""
-    if lanes_split(policies):
-        raise ConfigError(
-            f"`lanes = {policies.lanes}` runs in the twin only: the engine computes one step at a time.",
-            hint="`penstock simulate` and `penstock compare` take it; serve with `policies.lanes` = `none`.",
-            param="policies.lanes",
-        )
+def check_servable(settings: Settings) -> None:
+    """Raises ConfigError for what an engine with two lanes cannot do beside them."""
+    if not lanes_split(settings.policies):
+        return
+    alone = "it is about steps that have the machine to themselves"
+    reasons = (
+        ("replica.device", settings.replica.device == "cuda", "the engine shares out CPU cores, not a GPU"),
+        (
+            "replica.host_kv_memory",
+            settings.replica.host_kv_memory.strip() != "0",
+            "no lane waits for copies",
+        ),
+        ("record.steps", bool(settings.record.steps), alone),
+        ("twin.profile", bool(settings.twin.profile), alone),
+    )
+    for name, is_set, why in reasons:
+        if is_set:
+            raise ConfigError(
+                f"`{name}` does not go with `lanes = {settings.policies.lanes}`: {why}.",
+                hint=f"Leave `{name}` at its default, or set `policies.lanes` to `none`.",
+                param=name,
+            )
 
 
 def lanes_split(policies: PolicySettings) -> bool:

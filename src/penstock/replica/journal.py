@@ -17,6 +17,7 @@ from penstock.core.request import Request
 from penstock.core.settings import PolicySettings
 from penstock.core.step import Copy, StepPlan, StepResult
 from penstock.policies.context import ServiceTerms
+from penstock.policies.lanes import Lane
 from penstock.replica.limits import ReplicaLimits
 from penstock.replica.messages import Advice, ProgramLeft
 from penstock.replica.sequence import Sequence as Content
@@ -79,19 +80,24 @@ class Journal:
         else:
             self._write({"call": "tool", "at_s": now_s, "id": advice.request_id, "tool": advice.tool})
 
-    def planned(self, plan: StepPlan | None, now_s: float) -> None:
+    def planned(self, plan: StepPlan | None, now_s: float, lane: Lane | None = None) -> None:
         for start in plan.starts if plan is not None else ():
             shadow = self._by_seq[start.seq_id] = self._open[start.request_id]
             shadow.seq_id = start.seq_id
-        self._write({"call": "plan", "at_s": now_s, "plan": None if plan is None else plan_facts(plan)})
+        facts = None if plan is None else plan_facts(plan)
+        self._write({"call": "plan", **_of_lane(lane), "at_s": now_s, "plan": facts})
 
-    def completed(self, result: StepResult, events: Iterable[ReplicaEvent], now_s: float) -> None:
+    def completed(
+        self, result: StepResult, events: Iterable[ReplicaEvent], now_s: float, lane: Lane | None = None
+    ) -> None:
         """Call after the replica's `complete`."""
         assert result.tokens is not None, "a live executor draws tokens"
         stopped: list[int] = []
         keys: dict[str, list[str]] = {}
         for seq_id, token_id in result.tokens.items():
-            shadow = self._by_seq[seq_id]
+            shadow = self._by_seq.get(seq_id)
+            if shadow is None:
+                continue  # it was cancelled while a lane computed it
             if token_id in shadow.request.stop_token_ids:
                 stopped.append(seq_id)
             known_len = shadow.request.prompt_len + len(shadow.output)
@@ -104,6 +110,7 @@ class Journal:
         self._write(
             {
                 "call": "complete",
+                **_of_lane(lane),
                 "at_s": now_s,
                 "duration_s": result.duration_s,
                 "stopped": stopped,
@@ -149,6 +156,11 @@ def header(limits: ReplicaLimits, policies: PolicySettings, terms: ServiceTerms)
         "tenant_weights": dict(terms.tenant_weights),
         "seed": terms.seed,
     }
+
+
+def _of_lane(lane: Lane | None) -> Line:
+    """Which lane's loop made the call, where there are lanes."""
+    return {} if lane is None else {"lane": lane.value}
 
 
 def hints_of(request: Request) -> Line:

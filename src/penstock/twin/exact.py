@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from penstock.core.errors import RequestError
-from penstock.core.events import Finished
+from penstock.core.events import Finished, ReplicaEvent
 from penstock.core.metrics import Slo
 from penstock.core.reasons import CancelReason
 from penstock.core.request import Request, SamplingParams
 from penstock.core.settings import PolicySettings
 from penstock.core.step import CopyDone, StepPlan, StepResult
 from penstock.policies.context import ServiceTerms
-from penstock.policies.stack import make_stack
+from penstock.policies.lanes import Lane
+from penstock.policies.stack import lanes_split, make_stack
 from penstock.replica.journal import FORMAT, HINTS, VERSION, finished_facts, plan_facts
+from penstock.replica.laned import LanedReplica
 from penstock.replica.limits import ReplicaLimits
 from penstock.replica.messages import ProgramLeft, ToolCalled
 from penstock.replica.replica import Replica
@@ -90,11 +92,16 @@ class _Twin:
         self._limits = limits
         self._policies = policies
         self._terms = terms
-        self._replica = Replica(limits, make_stack(policies, terms))
+        self._has_lanes = lanes_split(policies)
+        self._replica = self._make_replica()
         self._keys: dict[str, list[bytes]] = {}  # of open requests; the replica reads the same lists
-        self._plan: StepPlan | None = None
+        self._plans: dict[Lane | None, StepPlan] = {}  # in progress
         self.plans = 0
         self.ends = 0
+
+    def _make_replica(self) -> Replica:
+        stack = make_stack(self._policies, self._terms)
+        return (LanedReplica if self._has_lanes else Replica)(self._limits, stack)
 
     def follow(self, row: Mapping[str, Any]) -> _Parted | None:
         """Make one call. What differs, or None."""
@@ -119,9 +126,9 @@ class _Twin:
         elif call == "complete":
             return self._complete(row, at_s)
         elif call == "fail":
-            self._replica = Replica(self._limits, make_stack(self._policies, self._terms))
+            self._replica = self._make_replica()
             self._keys.clear()
-            self._plan = None
+            self._plans.clear()
         else:
             raise self._lines.error("call", f"{shown(call)} is unknown", _DAMAGED)
         return None
@@ -144,7 +151,10 @@ class _Twin:
         self._keys.pop(request_id, None)
 
     def _compare_plan(self, row: Mapping[str, Any], at_s: float) -> _Parted | None:
-        plan = self._plan = self._replica.plan(at_s)
+        lane = self._lane(row)
+        plan = self._make_plan(lane, at_s)
+        if plan is not None:
+            self._plans[lane] = plan
         live = required(self._lines, row, "plan")
         twin = None if plan is None else plan_facts(plan)
         if live == twin:
@@ -155,14 +165,39 @@ class _Twin:
         name = next(name for name in [*twin, *live] if live.get(name) != twin.get(name))
         return f"`{name}` of plan {twin['index']}", shown(live.get(name)), shown(twin.get(name))
 
+    def _lane(self, row: Mapping[str, Any]) -> Lane | None:
+        """Whose step it is; None where the stack has no lanes."""
+        name = row.get("lane")
+        if not self._has_lanes and name is None:
+            return None
+        if not self._has_lanes or name not in {lane.value for lane in Lane}:
+            raise self._lines.error("lane", f"{shown(name)} is no lane of this stack", _DAMAGED)
+        return Lane(name)
+
+    def _make_plan(self, lane: Lane | None, at_s: float) -> StepPlan | None:
+        if lane is None:
+            return self._replica.plan(at_s)
+        assert isinstance(self._replica, LanedReplica)
+        step = self._replica.plan_lane(lane, at_s)
+        return None if step is None else step.plan
+
+    def _account(
+        self, lane: Lane | None, plan: StepPlan, result: StepResult, at_s: float
+    ) -> list[ReplicaEvent]:
+        if lane is None:
+            return self._replica.complete(plan, result, at_s)
+        assert isinstance(self._replica, LanedReplica)
+        return self._replica.complete_lane(self._replica.in_progress[lane], result, at_s)
+
     def _complete(self, row: Mapping[str, Any], at_s: float) -> _Parted | None:
-        plan, self._plan = self._plan, None
+        lane = self._lane(row)
+        plan = self._plans.pop(lane, None)
         if plan is None:
             raise self._lines.error("call", "it completes a step, and none was planned", _DAMAGED)
         stopped = self._list(row, "stopped")
         duration_s = time_of(self._lines, "duration_s", required(self._lines, row, "duration_s"))
         result = StepResult(None, stopped, duration_s=duration_s, copied=self._copied(row))
-        events = self._replica.complete(plan, result, at_s)
+        events = self._account(lane, plan, result, at_s)
         for request_id, keys in self._new_keys(row):
             self._keys[request_id] += keys
         live, twin = self._list(row, "finished"), finished_facts(events)
