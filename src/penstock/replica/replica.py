@@ -14,7 +14,6 @@ from penstock.core.events import Finished
 from penstock.core.reasons import CancelReason, FinishReason, PinEvent, PreemptReason, WaitReason
 from penstock.core.request import Request
 from penstock.core.step import Chunk, StepPlan
-from penstock.core.units import ceil_div
 from penstock.policies.compose import Composition
 from penstock.policies.view import Candidate, Refusal
 from penstock.replica.limits import check_feasible
@@ -244,11 +243,10 @@ class Replica(Results):
         """Start with what the host has, in blocks for all of it where they are to be had, else as granted."""
         sequence, restored_len = candidate.sequence, candidate.restored_len
         assert isinstance(sequence, Sequence)
-        taken = candidate.blocks_revived - candidate.blocks_cached
         if restored_len > reserve_len:
-            fits = ceil_div(restored_len, self.block_tokens) + taken <= self.blocks_available
+            fits = candidate.blocks_for(restored_len, self.block_tokens) <= self.blocks_available
             reserve_len = restored_len = restored_len if fits else reserve_len
-        needed = max(ceil_div(reserve_len, self.block_tokens) + taken, candidate.blocks_revived)
+        needed = max(candidate.blocks_for(reserve_len, self.block_tokens), candidate.blocks_revived)
         if swapping.is_busy and needed > self._pool.available:
             return Refusal(candidate, WaitReason.KV_COPY), 0  # room is on its way
         self._start(sequence, cached_blocks, reserve_len, now_s, restored_len)
