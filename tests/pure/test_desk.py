@@ -201,8 +201,8 @@ def sorting_desk(**settings: float) -> Desk:
 
 def test_an_engine_that_reorders_sees_everybody() -> None:
     desk = sorting_desk(queue_requests_max=5)
-    assert desk.starts_at_once and fill(desk, 7) == [str(number) for number in range(7)]
-    assert desk.queued[0] == 5 and not desk.starts_at_once
+    assert desk.queued == (0, 0) and fill(desk, 7) == [str(number) for number in range(7)]
+    assert desk.queued[0] == 5 and not desk.waiting_count
     desk.check_invariants()
 
 

@@ -74,11 +74,6 @@ class Desk:
         return self._engine_window
 
     @property
-    def starts_at_once(self) -> bool:
-        """Whether somebody who enters now would find nobody before it."""
-        return self._free_places() > 0 and not self._waiting
-
-    @property
     def queued(self) -> tuple[int, int]:
         """(requests, tokens) that have not started, as far as the desk can tell.
 
@@ -188,8 +183,7 @@ class Desk:
 
     def _check_ever(self, count: int, *, param: str) -> None:
         """Refuse what could not enter an idle desk either, so that nobody retries it for ever."""
-        ahead = 0 if self._takes_queue else self._settings.engine_ahead
-        places = self._slots + ahead + self._settings.queue_requests_max
+        places = self._engine_window + (0 if self._takes_queue else self._settings.queue_requests_max)
         tenant_places = self._settings.tenant_requests_max or places
         if count > min(places, tenant_places):
             raise RequestExceedsCapacity(
