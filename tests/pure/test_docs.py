@@ -203,6 +203,23 @@ def test_metrics_that_documents_name_exist() -> None:
     assert len(found) > 30
 
 
+def test_every_metric_is_defined_as_it_is() -> None:
+    """Name, type, vLLM's name and further labels, in the table of docs/api.md."""
+    table = re.findall(r"^\| (`.+`) \| (\w+) \| (yes|) ?\|", text_of("docs/api.md"), re.MULTILINE)
+    rows = [(code, kind, alias) for cell, kind, alias in table for code in inline_code(cell)]
+    families = reference.metric_families()
+    ours = {family.name.removeprefix(reference.OURS): family for family in families}
+    assert {code.partition("{")[0] for code, _, _ in rows} == {name for name in ours if ":" not in name}
+    for code, kind, alias in rows:
+        name, _, labels = code.rstrip("}").partition("{")
+        assert kind == ours[name].type, name
+        assert bool(alias) == (reference.ALIAS + name in ours), name
+        found = {label for sample in ours[name].samples for label in sample.labels}
+        assert {label for label in labels.split(",") if label} == found - {*reference.COMMON_LABELS, "le"}, (
+            name
+        )
+
+
 def test_makefile_targets_that_documents_name_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", text_of("Makefile"), re.MULTILINE))
     named = {
