@@ -9,8 +9,10 @@ import numpy as np
 
 from benchmarks.effects._lanes import Watch, drawn, l20, laned, one_loop, prompt_first, run, with_arrivals
 from benchmarks.effects.effect import Claim, Effect, Measured
+from benchmarks.effects.live import serve_live
 from benchmarks.effects.semi_pd import NOT_LIVE
-from benchmarks.effects.serving import Load, Served, poisson
+from benchmarks.effects.serving import Load, Served, limits, poisson, settings_of
+from penstock.core.request import Request
 from penstock.workloads.charts import Chart, Series
 
 RATE_RPS = 2.5  # of the card
@@ -117,6 +119,21 @@ def rank_wins() -> Measured:
     )
 
 
+def rank_live() -> Measured:
+    """SmolLM2-135M, 2 slots: 18 prompts of 48 tokens and 6 of 800 at once, mixed."""
+    lengths = [800, 48, 48, 48] * 6
+    load = Load([Request(f"r{index}", tokens, 4, 0.0) for index, tokens in enumerate(lengths)])
+    served = [
+        serve_live(load, settings_of(rank=rank), limits(16_384, running_max=2)) for rank in ("fcfs", RANK)
+    ]
+    means_s = [float(each.values("ttft_s").mean()) for each in served]
+    shares = [mean_s / each.makespan_s for mean_s, each in zip(means_s, served, strict=True)]
+    return Measured(
+        f"mean TTFT {means_s[0]:.1f} → {means_s[1]:.1f} s",
+        (Claim("mean TTFT over the time for all, fcfs / shortest prompt", shares[0] / shares[1], low=1.3),),
+    )
+
+
 def rank_loses() -> Measured:
     """The longest documents pay for it."""
     load = poisson(long_documents(REQUESTS), RATE_RPS)
@@ -184,5 +201,6 @@ EFFECTS = (
         "short prompts do not wait for long ones (card nexus, its prefill queue)",
         rank_wins,
         rank_loses,
+        live=rank_live,
     ),
 )
