@@ -40,7 +40,7 @@ from penstock.core.reasons import (
     WaitReason,
 )
 from penstock.core.request import Request
-from penstock.core.settings import Settings
+from penstock.core.settings import Settings, TenantSettings
 from penstock.core.step_trace import StepRecord
 from penstock.gateway.app import create_app
 from penstock.gateway.metrics import ALIAS, OURS, GatewayMetrics, PhaseSpans
@@ -218,10 +218,24 @@ def config_page() -> str:
         "The latency targets of a class of requests, in milliseconds: `ttft_p99_ms`, `tpot_p99_ms`, "
         "`e2e_p99_ms`; each may be left out. In the file only.",
         "## `[tenants.NAME]`",
-        "What one tenant is granted: `weight`, its share of the service relative to others (default 1). In "
-        "the file only.",
+        "What one tenant is granted. In the file only.",
+        _options_table(TenantSettings),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _options_table(options: Any) -> str:
+    """The fields of a dataclass of settings."""
+    rows = [
+        (
+            f"`{item.name}`",
+            f"`{_toml(default_of(item))}`",
+            _bounds(item.metadata["low"], item.metadata["high"]),
+            item.metadata["help"],
+        )
+        for item in fields(options)
+    ]
+    return _table(("Key", "Default", "Bounds", "Meaning"), rows)
 
 
 def _toml(value: Any) -> str:
@@ -336,18 +350,8 @@ def _policy(entry: Entry[Any]) -> str:
     """Its name, what its class says of itself, where it comes from."""
     text = inspect.getdoc(entry.make) or ""
     parts = [f"### `{entry.name}`", text, f"Source: {entry.source}."]
-    rows = [
-        (
-            f"`{item.name}`",
-            f"`{_toml(default_of(item))}`",
-            _bounds(item.metadata["low"], item.metadata["high"]),
-            item.metadata["help"],
-        )
-        for item in fields(entry.options)
-    ]
-    if rows:
-        parts.append(f"Options, in `[policies.options.{entry.name}]`:")
-        parts.append(_table(("Key", "Default", "Bounds", "Meaning"), rows))
+    if fields(entry.options):
+        parts += [f"Options, in `[policies.options.{entry.name}]`:", _options_table(entry.options)]
     return "\n\n".join(parts)
 
 
