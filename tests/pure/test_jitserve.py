@@ -14,10 +14,10 @@ from penstock.core.metrics import Slo
 from penstock.core.reasons import FinishReason
 from penstock.core.request import Request
 from penstock.policies.context import Context
-from penstock.policies.estimate.service_jobs import Dues, Job, Tier, best_window, drop, merge_programs
 from penstock.policies.estimate.slo_book import SloBook
 from penstock.policies.rank import RANK
 from penstock.policies.rank.jitserve import JitServe
+from penstock.policies.rank.service_jobs import Dues, Job, Tier, best_window, drop, merge_programs
 from penstock.policies.view import StepFacts
 
 STEP_S = 0.02

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+
+import numpy as np
 
 from penstock.core.settings import setting
 from penstock.policies.compose import COMPOSE, Compose, Composition, Share
 from penstock.policies.context import Context
 from penstock.policies.estimate.groups import GroupKey, group_key
 from penstock.policies.estimate.lengths import LengthBelief
+from penstock.policies.estimate.peak import future_peak
 from penstock.policies.view import ReplicaView, SequenceView
 
 
@@ -167,13 +170,8 @@ def _own_end(entry: _Running) -> int:
     return request.prompt_len - entry.shared_len + request.max_output_tokens
 
 
-def _peak_tokens(running: Iterable[_Running]) -> int:
+def _peak_tokens(running: Collection[_Running]) -> int:
     """The most tokens that these will ever hold by themselves, if each ends when expected."""
-    by_growth = sorted(
-        ((entry.growth, entry.sequence.total_len - entry.shared_len) for entry in running), reverse=True
-    )
-    peak = held = 0
-    for count, (growth, own_len) in enumerate(by_growth, start=1):
-        held += own_len
-        peak = max(peak, held + count * growth)
-    return peak
+    held = [entry.sequence.total_len - entry.shared_len for entry in running]
+    growth = [entry.growth for entry in running]
+    return int(future_peak(np.array(held, np.int64), np.array([growth], np.int64))[0])

@@ -12,7 +12,10 @@ from penstock.core.settings import setting
 from penstock.core.units import ceil_div
 from penstock.policies.context import Context
 from penstock.policies.estimate.lengths import LengthBelief
-from penstock.policies.estimate.service_jobs import (
+from penstock.policies.estimate.slo_book import Promise, SloBook
+from penstock.policies.estimate.step_time import StepTimes, chunk_pairs
+from penstock.policies.rank import RANK, Rank, RankKey
+from penstock.policies.rank.service_jobs import (
     NEVER,
     Dues,
     Job,
@@ -22,9 +25,6 @@ from penstock.policies.estimate.service_jobs import (
     drop,
     merge_programs,
 )
-from penstock.policies.estimate.slo_book import Promise, SloBook
-from penstock.policies.estimate.step_time import StepTimes, chunk_pairs
-from penstock.policies.rank import RANK, Rank, RankKey
 from penstock.policies.view import ReplicaView, SequenceView, StepFacts
 
 PREFILL_WEIGHT, DECODE_WEIGHT = 1.0, 8.0  # of a token; published
