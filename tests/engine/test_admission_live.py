@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tiny_model import TinyEngine, write_tiny_llama
@@ -14,7 +12,6 @@ from tiny_model import TinyEngine, write_tiny_llama
 from penstock.core.request import Request, SamplingParams
 from penstock.core.settings import PolicySettings
 from penstock.policies.admit.past_future import PastFuture
-from penstock.policies.estimate.lengths import LengthBelief
 from penstock.policies.estimate.peak import future_peak
 from penstock.policies.stack import make_stack
 from penstock.replica.limits import ReplicaLimits
@@ -26,20 +23,6 @@ BLOCKS = 64
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> TinyEngine:
     return TinyEngine(write_tiny_llama(tmp_path_factory.mktemp("model") / "tiny"), torch.float32, "paged-cpu")
-
-
-@pytest.fixture(autouse=True)
-def oracle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing stops by itself, and the belief knows it."""
-
-    def totals(self: LengthBelief, groups: Any, produced: Any, maxima: Any, uniform: Any) -> Any:
-        return np.broadcast_to(maxima, uniform.shape)
-
-    def at(self: LengthBelief, sequence: Any, places: Sequence[float]) -> list[int]:
-        return [sequence.request.max_output_tokens] * len(places)
-
-    monkeypatch.setattr(LengthBelief, "totals", totals)
-    monkeypatch.setattr(LengthBelief, "at", at)
 
 
 def mixed() -> list[Request]:
@@ -55,6 +38,7 @@ def mixed() -> list[Request]:
     return requests
 
 
+@pytest.mark.usefixtures("known_lengths")
 def test_nobody_is_evicted_and_the_peak_is_what_is_held(
     engine: TinyEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,9 +19,10 @@ from penstock.core.request import Request
 from penstock.core.settings import PolicySettings
 from penstock.core.step import StepPlan
 from penstock.policies.admit.past_future import PastFuture
-from penstock.policies.estimate.lengths import LengthBelief
+from penstock.policies.context import Context
 from penstock.policies.estimate.peak import future_peak, shared_future_peak
-from penstock.policies.stack import make_stack
+from penstock.policies.stack import REGISTRIES, make_stack
+from penstock.policies.view import Candidate
 from penstock.replica.limits import ReplicaLimits
 from penstock.replica.replica import Replica
 
@@ -126,16 +129,6 @@ def load(count: int, seed: int, prompt: tuple[int, int] = (4, 30), output: tuple
     return requests
 
 
-@pytest.fixture
-def oracle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every output is as long as its maximum, and the belief knows it."""
-
-    def totals(self: LengthBelief, groups: Any, produced: Any, maxima: Any, uniform: Any) -> Any:
-        return np.broadcast_to(maxima, uniform.shape)
-
-    monkeypatch.setattr(LengthBelief, "totals", totals)
-
-
 def past_future(reserved_frac: float = 0.0, round_steps: int = 1, **limits: Any) -> Replica:
     sizes = {"kv_blocks": 64, "kv_block_tokens": 4, "running_max": 40, "step_tokens_max": 512} | limits
     options = {"past-future": {"reserved_frac": reserved_frac, "round_steps": round_steps}}
@@ -145,7 +138,7 @@ def past_future(reserved_frac: float = 0.0, round_steps: int = 1, **limits: Any)
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("step_tokens", [7, 48, 512])
-@pytest.mark.usefixtures("oracle")
+@pytest.mark.usefixtures("known_lengths")
 def test_with_exact_lengths_nobody_is_ever_evicted(seed: int, step_tokens: int) -> None:
     running_max = min(40, step_tokens - 1)  # decodes leave room for prompts
     told = run(past_future(step_tokens_max=step_tokens, running_max=running_max), load(40, seed))
@@ -153,7 +146,7 @@ def test_with_exact_lengths_nobody_is_ever_evicted(seed: int, step_tokens: int) 
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.usefixtures("oracle")
+@pytest.mark.usefixtures("known_lengths")
 def test_the_peak_is_the_most_ever_held(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of one token, and prompts that fit a step: the formula has no slack left."""
     accepted: list[int] = []
@@ -174,6 +167,52 @@ def test_who_fits_alone_is_admitted_alone() -> None:
     replica = past_future(reserved_frac=0.9)
     told = run(replica, load(5, 1, prompt=(100, 120), output=(100, 130)))
     assert told[-1][1] == 0
+
+
+def test_a_prompt_in_pieces_lives_longer() -> None:
+    """Ten tokens of a step are for prompts: two steps for the first, two more for the candidate's rest."""
+    policy = REGISTRIES["admit"].make("past-future", Context())
+    first, candidate = (SimpleNamespace(total_len=25, computed_len=5), SimpleNamespace(total_len=31))
+    view = SimpleNamespace(step_tokens_max=13, running_count=2, prefilling=[first])
+    asked = Candidate(candidate, 11, 0, 0)  # type: ignore[arg-type]
+    assert policy._slower(asked, view) == [1, 3], "beyond the next step"
+
+
+@pytest.mark.parametrize(("running", "draws"), [(10, 5), (60, 4), (120, 2)])
+def test_the_more_run_the_fewer_scenarios(running: int, draws: int) -> None:
+    """min(5, 200 // running + 1) a round, as published."""
+    replica = past_future(kv_blocks=4000, running_max=200, step_tokens_max=4000)
+    requests = load(running + 1, 1, output=(50, 60))
+    *early, late = requests
+    for request in early:
+        replica.submit(request, 0.0)
+    executor = FakeExecutor(4)
+    for step in range(2):
+        plan = replica.plan(float(step))
+        assert plan is not None and replica.running_count == running
+        replica.complete(plan, executor.execute(plan), step + 0.5)
+    replica.submit(late, 2.0)
+    replica.plan(2.0)
+    assert replica._stack.admit._draws == draws  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("pin_s", "running"), [(1000.0, 1), (0.0, 2)])
+def test_what_is_pinned_cannot_be_planned_with(pin_s: float, running: int) -> None:
+    """Of 80 tokens a pin holds 24; two requests that come to 28 each fit beside each other without it."""
+    policies = PolicySettings(
+        rank="program-fcfs",
+        retain="continuum",
+        admit="past-future",
+        options={"past-future": {"reserved_frac": 0.0}},
+    )
+    replica = Replica(ReplicaLimits(20, 4, 8, 64, 512), make_stack(policies))
+    first = load(1, 1, prompt=(20, 20), output=(5, 5))[0]
+    run(replica, [replace(first, program_id="a", pin_s=pin_s)])
+    assert replica.blocks_pinned == (6 if pin_s else 0)
+    for request in load(2, 2, prompt=(8, 8), output=(20, 20)):
+        replica.submit(replace(request, id=f"late-{request.id}"), 10.0)
+    replica.plan(10.0)
+    assert replica.running_count == running
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -62,6 +62,7 @@ class Drive:
         plan = self.replica.plan(self.now_s)
         if plan is None:
             return False
+        assert {start.seq_id for start in plan.starts} <= {chunk.seq_id for chunk in plan.chunks}
         self.computed += sum(chunk.count for chunk in plan.chunks)
         self.now_s += 1.0
         for event in self.replica.complete(plan, self.executor.execute(plan), self.now_s):
@@ -308,9 +309,10 @@ def test_a_groups_prefix_counts_once() -> None:
     assert drive.replica.running_count >= 4
 
 
-def test_what_outputs_really_need_is_learned() -> None:
+@pytest.mark.parametrize("step_tokens_max", [64, 512])
+def test_what_outputs_really_need_is_learned(step_tokens_max: int) -> None:
     """Allowed 100 and needing 3: once some have ended more of them run at once."""
-    drive = Drive(running_max=64, step_tokens_max=512)
+    drive = Drive(running_max=64, step_tokens_max=step_tokens_max)
     stop = {index: frozenset({expected_output(single(f"r{index}", 8, 3))[-1]}) for index in range(300)}
     requests = [replace(single(f"r{index}", 8, 100), stop_token_ids=stop[index]) for index in range(300)]
     drive.submit(*requests)

@@ -148,20 +148,30 @@ def test_decodes_are_never_more_than_a_pass_holds(compose: str) -> None:
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=8),
     budget=st.integers(1, 40),
-    compose=st.sampled_from(["splitfuse", "dense-fixed"]),
+    compose=st.sampled_from(["splitfuse", "dense-fixed", "sarathi"]),
     rule=st.sampled_from(["fixed", "even"]),
+    stages=st.sampled_from([1, 3]),
 )
-@settings(max_examples=120, deadline=None)
-def test_invariants_of_fixed_passes(lengths: list[int], budget: int, compose: str, rule: str) -> None:
-    """Tokens at most the budget, one cut prompt, pieces contiguous and summing to the prompt, none empty."""
-    options: Tables = {"splitfuse": {"budget_rule": rule}}
+@settings(max_examples=200, deadline=None)
+def test_invariants_of_steps(lengths: list[int], budget: int, compose: str, rule: str, stages: int) -> None:
+    """None empty, none beyond the budget but for decodes, which go on every step; prompts start in order of
+    arrival, nobody without being computed, and their pieces are contiguous and sum to the prompt. Passes of
+    one size cut one prompt at most."""
+    options: Tables = {
+        "splitfuse": {"budget_rule": rule},
+        "sarathi": {"stages": stages, "span_tokens": 45},
+    }
     plans = plans_of(replica_of(compose, options, step_tokens_max=budget), prompts(*lengths))
     pieces: dict[int, list[tuple[int, int]]] = {}
     for plan in plans:
-        assert 1 <= plan.token_count <= budget
-        assert sum(not chunk.emits for chunk in plan.chunks) <= 1
+        assert 1 <= plan.token_count <= max(budget, plan.decode_count) and not plan.paused
+        assert {start.seq_id for start in plan.starts} <= {chunk.seq_id for chunk in plan.chunks}
+        if compose != "sarathi":
+            assert plan.decode_count <= budget
+            assert sum(not chunk.emits for chunk in plan.chunks) <= 1
         for chunk in plan.chunks:
             pieces.setdefault(chunk.seq_id, []).append((chunk.start, chunk.count))
+    assert list(pieces) == sorted(pieces), "nobody is overtaken"
     for seq_id, length in enumerate(lengths):
         ends = [start + count for start, count in pieces[seq_id]]
         assert [start for start, _ in pieces[seq_id]] == [0, *ends[:-1]] and ends[-1] == length
@@ -222,6 +232,12 @@ def test_stages_shrink_evenly_to_multiples_of_32() -> None:
     sizes = chunk_sizes(512, SarathiOptions(stages=4, low_tokens=128))
     assert sizes == (512, 384, 256, 128)
     assert chunk_sizes(500, SarathiOptions(stages=3, low_tokens=0)) == (500, 384, 256)
+
+
+def test_a_stage_lasts_for_its_part_of_the_span() -> None:
+    options: Tables = {"sarathi": {"stages": 3, "low_tokens": 32, "span_tokens": 600}}
+    replica = replica_of("sarathi", options, step_tokens_max=96)
+    assert sizes_of(plans_of(replica, prompts(600, output=1))) == [96, 96, 96, 64, 64, 32, 32, 32, 32, 32, 24]
 
 
 def test_long_prompts_stay_in_the_last_stage() -> None:

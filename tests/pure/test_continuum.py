@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from fake_executor import FakeExecutor, expected_output
@@ -19,6 +21,7 @@ from penstock.policies.estimate import programs
 from penstock.policies.estimate.gaps import SAMPLES_MIN, GapBelief, GapSamples
 from penstock.policies.estimate.programs import Programs
 from penstock.policies.estimate.turn_costs import TurnCosts
+from penstock.policies.retain import RETAIN
 from penstock.policies.retain.continuum import COLD_PIN_S, best_pin_s
 from penstock.policies.stack import make_stack
 from penstock.policies.view import StepFacts
@@ -60,6 +63,36 @@ def test_a_slow_call_in_ten_does_not_stop_the_pins_of_the_fast_ones() -> None:
     gaps = samples([0.5] * 90 + [30.0] * 10)
     assert gaps.mean_s > COLD_PIN_S  # where the mean rule gives up
     assert best_pin_s(gaps, saved_s=1.0, cost_rate=0.1) == 0.5
+
+
+def retain_with(rule: str, gaps: list[float]) -> Any:
+    """Under these gaps of the tool, a hit saves 0.2 + 0.5 s for itself and 0.1 s for each that waits."""
+    retain = RETAIN.make("continuum", Context(), {"rule": rule, "slack_frac": 0.1})
+    found = samples(gaps)
+    retain._gaps = SimpleNamespace(of=lambda tool: found, own=lambda tool: found)  # type: ignore[attr-defined]
+    retain._costs = SimpleNamespace(  # type: ignore[attr-defined]
+        reload_s=lambda tokens: 0.002 * tokens,
+        reload_device_s=lambda tokens: 0.001 * tokens,
+        queue_delay_s=0.5,
+    )
+    return retain
+
+
+def test_the_cdf_rule_weighs_what_a_hit_saves_against_what_holding_costs() -> None:
+    """Four wait and a quarter of the memory is held: 1.1 s to win, one second a second to lose."""
+    gaps = [0.2] * 6 + [0.9] * 3 + [5.0]
+    ended = SimpleNamespace(request=turn(0, "p").request, computed_len=100, block_count=10)
+    view = SimpleNamespace(waiting_count=4, block_count=40)
+    best = max([0.0, *gaps], key=lambda pin_s: gain_s(gaps, pin_s, 1.1, 1.0))
+    assert best == 0.9
+    until_s = retain_with("cdf", gaps).turn_ended(ended, view, 10.0)
+    assert until_s == pytest.approx(10.0 + 0.9 * 1.1), "a tenth longer than the gap that pays best"
+
+
+def test_the_mean_rule_gives_up_where_the_mean_is_long() -> None:
+    ended = SimpleNamespace(request=turn(0, "p").request)
+    assert retain_with("mean", [0.5] * 10).turn_ended(ended, None, 10.0) == 10.0 + COLD_PIN_S
+    assert retain_with("mean", [0.5] * 9 + [30.0]).turn_ended(ended, None, 10.0) is None
 
 
 def test_gap_samples_keep_the_newest() -> None:
@@ -218,6 +251,16 @@ def test_a_pin_ends_with_its_time() -> None:
     host.step()
     assert host.replica.blocks_pinned == 0 and host.pins["expired"] == 1
     assert host.replica.blocks_available == 12
+
+
+def test_who_returns_at_the_last_instant_is_in_time() -> None:
+    host = Host(kv_blocks=12)
+    host.run(prompt("a", 20, program_id="a", pin_s=3.0))
+    host.step(3.0)
+    host.step()  # plans when the time is up
+    assert host.replica.blocks_pinned == 6
+    host.step()
+    assert host.replica.blocks_pinned == 0
 
 
 def test_a_program_that_waits_never_loses_its_kv_to_the_clock() -> None:
