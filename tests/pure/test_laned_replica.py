@@ -17,7 +17,7 @@ from penstock.replica.laned import LanedReplica, LaneStep
 from penstock.replica.limits import ReplicaLimits
 from penstock.twin.costs.phase_sweep import points, sweep
 from penstock.twin.costs.roofline import RooflineCostModel
-from penstock.twin.costs.shares import OnShare, SharedDevice
+from penstock.twin.costs.shares import SharedDevice
 from penstock.twin.costs.tables import fit_steps
 from penstock.twin.costs.work import StepWork
 from penstock.twin.laned import make_twin
@@ -160,7 +160,8 @@ def test_the_whole_device_alone_costs_exactly_what_the_model_says(work: StepWork
     cost = roofline()
     device = SharedDevice(cost)
     assert device.seconds(device.load(work, 1.0)) == cost.seconds(work)
-    assert OnShare(cost, 1.0).decode_seconds(4, 400, 3) == list(cost.decode_seconds(4, 400, 3))
+    decodes = [device.load(StepWork((), 4, 400 + 4 * step, 4), 1.0) for step in range(3)]
+    assert [device.seconds(load) for load in decodes] == list(cost.decode_seconds(4, 400, 3))
 
 
 @pytest.mark.parametrize("work", [DECODES, PROMPT, MIXED])

@@ -148,8 +148,8 @@ class LayerGraph:
         for feeder in _FEEDS.get(operation, ()):
             for index in of[feeder]:
                 first, stop = self.parts[index].range
-                earlier_keys = operation == "prompt attention" and first < piece[1]
-                if earlier_keys or first < piece[1] and piece[0] < stop:
+                earlier_keys = operation == "prompt attention"  # of all tokens before its own, too
+                if first < piece[1] and (earlier_keys or piece[0] < stop):
                     found.append(index)
         return tuple(found)
 

@@ -140,13 +140,3 @@ class NanoGraph:
                     for later in next_of[index]:
                         open_after[later] -= 1
         return spans
-
-    def makespan(
-        self,
-        seconds: Sequence[float],
-        order: Sequence[int],
-        tenths: Sequence[int] | None,
-        interference: Interference,
-    ) -> float:
-        """The end of the last operation."""
-        return max(end for _, end in self.timeline(seconds, order, tenths, interference))

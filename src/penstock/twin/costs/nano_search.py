@@ -9,26 +9,15 @@ graphs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Final
 
-from penstock.twin.costs.nano_schedule import COMPUTE, WHOLE, Interference, NanoGraph
+from penstock.twin.costs.nano_schedule import COMPUTE, WHOLE
 
 SWEEPS_MAX: Final = 4
-# Tenths of compute, memory and network kernels to start from: all alone, two and three beside each other.
 # Tenths of memory and network kernels to start from; what runs beside them gets the rest, what is alone all.
 STARTS: Final = ((1, 1), (2, 1), (3, 1), (4, 1), (2, 2), (3, 2), (4, 2), (5, 3), (WHOLE, WHOLE))
 STARTS_FOLLOWED: Final = 3
 PAIR_TENTHS: Final = (1, 2, 3, 4, 5)
-
-
-@dataclass(frozen=True, slots=True)
-class NanoSchedule:
-    """What a search found: an order, and tenths of the device by operation; `cost` is in seconds."""
-
-    order: tuple[int, ...]
-    tenths: tuple[int, ...]
-    cost: float
 
 
 def best_order(
@@ -93,37 +82,6 @@ def _start(kinds: Sequence[int], beside: Sequence[tuple[int, int]], memory: int,
         left = WHOLE - sum(wanted[other] for other in met if other != kind)
         tenths.append(max(1, left) if kind == COMPUTE or not met else wanted[kind])
     return tenths
-
-
-def search(graph: NanoGraph, seconds: Sequence[float], interference: Interference) -> NanoSchedule:
-    """Both stages for one graph; the goal is its makespan.
-
-    From several first orders. Afterwards the order is looked at once more under the shares that were found,
-    and the shares under that order, for as long as it helps.
-    """
-    after, kinds = [op.after for op in graph.ops], [op.kind for op in graph.ops]
-
-    def ordered(order: Sequence[int], tenths: Sequence[int] | None) -> list[int]:
-        return best_order(order, after, lambda tried: graph.makespan(seconds, tried, tenths, interference))
-
-    def shared(order: Sequence[int]) -> NanoSchedule:
-        beside = side_by_side(graph.timeline(seconds, order, None, interference))
-        tenths, cost = best_shares(
-            kinds, beside, lambda tried: graph.makespan(seconds, order, tried, interference)
-        )
-        return NanoSchedule(tuple(order), tenths, cost)
-
-    def polished(first: Sequence[int]) -> NanoSchedule:
-        found = shared(ordered(first, None))
-        for _ in range(SWEEPS_MAX):
-            again = shared(ordered(found.order, found.tenths))
-            if again.cost >= found.cost:
-                break
-            found = again
-        return found
-
-    firsts = (graph.ranked(seconds), list(range(len(seconds))), graph.ranked([1.0] * len(seconds)))
-    return min(map(polished, firsts), key=lambda each: each.cost)
 
 
 def _descend(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -12,7 +11,7 @@ from penstock.core.phase_profile import PhaseProfile
 from penstock.policies.lanes import Batch
 from penstock.policies.lanes.phase_model import PhaseModel
 from penstock.twin.costs.model import CostModel
-from penstock.twin.costs.shares import Divisible, SharedDevice
+from penstock.twin.costs.shares import Divisible, ShareCurve, SharedDevice
 from penstock.twin.costs.work import StepWork
 
 SHARES: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -86,15 +85,9 @@ def _fit_curve(device: SharedDevice, work: StepWork) -> tuple[float, float]:
     whole_s = device.seconds(device.load(work, 1.0)) - fixed_s
     measured = [(device.seconds(device.load(work, share)) - fixed_s) / whole_s for share in SHARES]
 
-    def misfit(knee: float, slope: float) -> float:
-        return _squares(lambda share: _speed(1.0, knee, slope) / _speed(share, knee, slope), measured)
+    def misfit(curve: ShareCurve) -> float:
+        pairs = zip(SHARES, measured, strict=True)
+        return sum((1.0 / (curve.speed(share) * value) - 1.0) ** 2 for share, value in pairs)
 
-    return min(((knee, slope) for knee in _KNEES for slope in _SLOPES), key=lambda pair: misfit(*pair))
-
-
-def _speed(share: float, knee: float, slope: float) -> float:
-    return share if share <= knee else knee + slope * (share - knee)
-
-
-def _squares(model: Callable[[float], float], measured: Sequence[float]) -> float:
-    return sum((model(share) / value - 1.0) ** 2 for share, value in zip(SHARES, measured, strict=True))
+    best = min((ShareCurve(knee, slope) for knee in _KNEES for slope in _SLOPES), key=misfit)
+    return best.saturation, best.slope

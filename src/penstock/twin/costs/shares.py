@@ -15,12 +15,11 @@ The GPU's curves are assumptions. The whole device without company costs exactly
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, runtime_checkable
 
-from penstock.twin.costs.model import CostModel, Seconds
-from penstock.twin.costs.work import StepCost, StepWork
+from penstock.twin.costs.model import CostModel
+from penstock.twin.costs.work import StepWork
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,29 +134,3 @@ def _time(sides: Sides, curves: ShareCurves, share: float, stretch: float) -> fl
         compute_s, memory_s = compute * compute_scale, memory * memory_scale
         total += compute_s if compute_s > memory_s else memory_s
     return total
-
-
-class OnShare:
-    """A device's share as a device of its own: a `CostModel`, for half-size devices and sweeps."""
-
-    def __init__(self, cost: CostModel, share: float) -> None:
-        self._cost, self._share = cost, share
-        self._device = SharedDevice(cost)
-
-    @property
-    def relative_error(self) -> float:
-        return self._cost.relative_error
-
-    def seconds(self, work: StepWork) -> float:
-        return self._device.seconds(self._device.load(work, self._share))
-
-    def decode_seconds(self, decodes: int, decode_context: int, steps: int) -> Seconds:
-        works = (StepWork((), decodes, decode_context + i * decodes, decodes) for i in range(steps))
-        seconds: Sequence[float] = [self.seconds(work) for work in works]
-        return seconds
-
-    def step(self, work: StepWork) -> StepCost:
-        cost = self._cost.step(work)
-        seconds = self.seconds(work)
-        joules = cost.joules * (seconds / cost.seconds) if cost.seconds else cost.joules
-        return StepCost(seconds, cost.bound, joules, cost.flops, cost.bytes, cost.in_range)
