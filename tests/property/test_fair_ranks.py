@@ -16,7 +16,7 @@ from penstock.replica.limits import ReplicaLimits
 from penstock.twin.costs.work import StepCost, StepWork
 from penstock.twin.replica import PathCosts, TwinReplica
 
-RANKS = ["priority", "edf", "shortest-predicted", "vtc", "uwfq"]
+RANKS = ["priority", "edf", "shortest-predicted", "vtc", "uwfq", "jitserve", "fastswitch"]
 LIMITS = ReplicaLimits(
     kv_blocks=40, kv_block_tokens=4, running_max=3, step_tokens_max=16, context_len_max=150, repeat=True
 )
@@ -24,6 +24,8 @@ LIMITS = ReplicaLimits(
 OPTIONS: dict[str, dict[str, Any]] = {
     "vtc": {"swap_margin_tokens": 20},
     "uwfq": {"swap_margin_tokens": 20},
+    "jitserve": {"schedule_steps": 7},
+    "fastswitch": {"interval_steps": 5},
     "priority": {"boost_tokens": 5, "step_max": 2, "request_max": 3},
 }
 

@@ -173,10 +173,11 @@ def test_any_overlap_gives_the_right_output(
 def _check_outputs(load: list[Request], events: list[ReplicaEvent]) -> None:
     ends = {event.request_id: event for event in events if isinstance(event, Finished)}
     assert len([event for event in events if isinstance(event, Finished)]) == len(ends), "each ends once"
+    assert ends.keys() == {request.id for request in load}
     for request in load:
         told = [e.token_id for e in events if isinstance(e, TokenOut) and e.request_id == request.id]
-        expected, end = expected_output(request), ends.get(request.id)
-        if end is None or end.reason is FinishReason.CANCELLED:
+        expected, end = expected_output(request), ends[request.id]
+        if end.reason is FinishReason.CANCELLED:
             assert told == expected[: len(told)]
         else:
             assert told == expected
