@@ -60,9 +60,10 @@ arrivals = st.lists(
 ).map(lambda rows: sorted(rows, key=lambda row: row[0]))
 
 
-@given(arrivals)
+@given(arrivals, st.integers(0, 150))
 @settings(max_examples=60, deadline=None)
-def test_deadlines_and_ends_are_those_of_brute_force(rows: list[tuple[int, str, int]]) -> None:
+def test_deadlines_and_ends_are_those_of_brute_force(rows: list[tuple[int, str, int]], rest_ms: int) -> None:
+    """As of the last arrival; and the work that is left of every job some time later."""
     fluid, brute, jobs, now_ms = Fluid(weight_of), BruteFluid(), [], 0
     for at_ms, tenant, size in rows:
         fluid.advance(RATE * (at_ms - now_ms) / 1e3)
@@ -91,6 +92,16 @@ def test_deadlines_and_ends_are_those_of_brute_force(rows: list[tuple[int, str, 
     for tenant in {job.tenant for job in flowing}:
         last = max(expected[job.number] for job in flowing if job.tenant == tenant)
         assert fluid.end_of(tenant) == pytest.approx(last, abs=tolerance)
+    fluid.advance(RATE * rest_ms / 1e3)
+    brute.run(rest_ms / 1e3)
+    left = {number: work for each in brute.tenants.values() for number, work in each.left}
+    for job in jobs:
+        assert left_of(fluid, job) == pytest.approx(left.get(job.number, 0.0), abs=2 * tolerance)
+
+
+def left_of(fluid: Fluid, job: Job) -> float:
+    """Work that the fluid has still to serve of the job."""
+    return job.own_finish - fluid._tenants[job.tenant].clock if fluid.flows(job) else 0.0
 
 
 @given(arrivals, st.lists(st.floats(0.0, 60.0), min_size=9, max_size=9))
@@ -179,7 +190,10 @@ def test_a_debt_is_repaid_before_anything_new() -> None:
     assert not fluid.flows(lie)
     fluid.resize(lie, 300.0)
     fluid.close(lie)
-    assert fluid.arrive("a", 100.0).finish == pytest.approx(400.0)
+    next_one = fluid.arrive("a", 100.0)
+    assert next_one.finish == pytest.approx(400.0)
+    fluid.advance(2 * (350.0 - fluid.virtual))  # half of it is for the other tenant
+    assert left_of(fluid, next_one) == pytest.approx(50.0)
 
 
 def test_late_jobs_of_a_liar_move_back_with_each_debt() -> None:

@@ -213,6 +213,16 @@ def test_tokens_from_the_cache_are_free() -> None:
     assert keys(rank, second) == [(130.0,)]
 
 
+def test_grace_is_half_of_what_is_done_in_its_time() -> None:
+    """As the paper's code has it: 10 tokens a second so far, and 3 s of grace."""
+    rank = Told()
+    assert rank._grace(5.0) == 0.0
+    submit(rank, "a-0", 500, 0)
+    rank.stepped(StepFacts((), 1, 10, 100, 10.0), 10.0)
+    submit(rank, "b-0", 500, 1, 10.0)
+    assert rank._grace(10.0) == pytest.approx(3.0 * 10.0 / 2)
+
+
 def test_only_by_a_margin_somebody_who_runs_is_displaced() -> None:
     rank = UserWeightedFair(Context(), UwfqOptions(0.0, 1.0, swap_margin_tokens=100.0))
     running, near = submit(rank, "a-0", 500, 0), submit(rank, "b-0", 450, 1)
