@@ -150,8 +150,8 @@ def cli_page() -> str:
         "# Command line",
         NOTE,
         "Exit codes of every command: 0 ok, 1 failed, 2 usage (a flag, the config), 3 environment (a "
-        "package, device, address or server is missing). Data goes to stdout; progress, logs and errors to "
-        "stderr.",
+        "package, device, address or server is missing), 130 interrupted, where its page says nothing else. "
+        "Data goes to stdout; progress, logs and errors to stderr.",
         "`penstock --version` prints the version. Every command has `--help`.",
     ]
     for page in commands():
