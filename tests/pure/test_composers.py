@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 from fake_executor import FakeExecutor, expected_output, make_replica
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from penstock.core.errors import ConfigError
@@ -12,6 +14,7 @@ from penstock.core.events import Preempted, TokenOut
 from penstock.core.request import Request
 from penstock.core.settings import PolicySettings
 from penstock.core.step import StepPlan
+from penstock.policies.compose import COMPOSE
 from penstock.policies.compose.sarathi import SarathiOptions, chunk_sizes
 from penstock.policies.stack import make_stack
 from penstock.replica.limits import ReplicaLimits
@@ -152,6 +155,7 @@ def test_decodes_are_never_more_than_a_pass_holds(compose: str) -> None:
     rule=st.sampled_from(["fixed", "even"]),
     stages=st.sampled_from([1, 3]),
 )
+@example([4, 1], 5, "sarathi", "fixed", 3)  # the first stage is 4
 @settings(max_examples=200, deadline=None)
 def test_invariants_of_steps(lengths: list[int], budget: int, compose: str, rule: str, stages: int) -> None:
     """None empty, none beyond the budget but for decodes, which go on every step; prompts start in order of
@@ -256,3 +260,46 @@ def test_the_budget_is_rounded_down_to_the_tile() -> None:
 
 def test_by_default_sarathi_is_what_it_was() -> None:
     assert sizes_of(plans_of(replica_of("sarathi"), prompts(70, 20, output=1))) == [32, 32, 26]
+
+
+# ---- on views made by hand --------------------------------------------------------------------------------
+
+
+@dataclass
+class Prompt:
+    """As much of a prefilling sequence as composers read."""
+
+    total_len: int
+    computed_len: int = 0
+    block_count: int = 0
+
+
+@dataclass
+class View:
+    prefilling: list[Prompt]
+    decoding_count: int
+    step_tokens_max: int
+    blocks_available: int = 1000
+    block_tokens: int = 4
+
+
+def test_a_pass_takes_prompts_as_long_as_there_are_blocks_for_all_of_them() -> None:
+    """Two blocks each, and five are available; who is alone goes on without."""
+    splitfuse = COMPOSE.make("splitfuse")
+    view = View([Prompt(8), Prompt(8), Prompt(8)], 1, 32, blocks_available=5)
+    assert [share.count for share in splitfuse.compose(view, 0.0).shares] == [8, 8]
+    view = View([Prompt(8), Prompt(8)], 0, 32, blocks_available=1)
+    assert [share.count for share in splitfuse.compose(view, 0.0).shares] == [8]
+    view.decoding_count = 1
+    assert splitfuse.compose(view, 0.0).shares == []
+
+
+def test_stages_leave_room_for_prompts_that_begin() -> None:
+    """In its second stage a prompt may fill the pass up to 64 of 96, decodes included; 32 are left."""
+    sarathi = COMPOSE.make("sarathi", options={"stages": 3, "low_tokens": 32, "span_tokens": 600})
+    view = View([Prompt(600, computed_len=250)], 4, 96)
+    assert [share.count for share in sarathi.compose(view, 0.0).shares] == [60]
+    assert sarathi.prefill_room(view, 0.0) == 32
+    view.prefilling.append(Prompt(10))
+    assert [share.count for share in sarathi.compose(view, 0.0).shares] == [60, 10]
+    assert sarathi.prefill_room(view, 0.0) == 22

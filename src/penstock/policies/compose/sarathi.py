@@ -72,7 +72,7 @@ class Sarathi(Compose):
         used = view.decoding_count
         shares = []
         for sequence in view.prefilling:
-            left = (self._budget_of(sequence, budget) if is_staged else budget) - used
+            left = (self._budget_of(sequence) if is_staged else budget) - used
             if left <= 0:
                 if used >= budget:
                     break
@@ -85,14 +85,18 @@ class Sarathi(Compose):
         return shares
 
     def _budget(self, view: ReplicaView) -> int:
+        """The pass may be filled so far, at most: with stages, by prompts in the first."""
         tile, most = self._options.tile_tokens, view.step_tokens_max
-        return most if tile == 1 else most // tile * tile or most
-
-    def _budget_of(self, sequence: SequenceView, budget: int) -> int:
-        """The pass may be filled so far with chunks of this prompt."""
-        options = self._options
+        budget = most if tile == 1 else most // tile * tile or most
+        if self._options.stages == 1:
+            return budget
         if self._sizes_budget != budget:
-            self._sizes, self._sizes_budget = chunk_sizes(budget, options), budget
+            self._sizes, self._sizes_budget = chunk_sizes(budget, self._options), budget
+        return self._sizes[0]
+
+    def _budget_of(self, sequence: SequenceView) -> int:
+        """The pass may be filled so far with chunks of this prompt, as of the last `_budget`."""
+        options = self._options
         stage = sequence.computed_len // ceil_div(options.span_tokens, options.stages)
         return self._sizes[min(stage, options.stages - 1)]
 
