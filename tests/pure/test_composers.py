@@ -288,10 +288,27 @@ def test_a_pass_takes_prompts_as_long_as_there_are_blocks_for_all_of_them() -> N
     splitfuse = COMPOSE.make("splitfuse")
     view = View([Prompt(8), Prompt(8), Prompt(8)], 1, 32, blocks_available=5)
     assert [share.count for share in splitfuse.compose(view, 0.0).shares] == [8, 8]
+    view.blocks_available = 6
+    assert [share.count for share in splitfuse.compose(view, 0.0).shares] == [8, 8, 8]
     view = View([Prompt(8), Prompt(8)], 0, 32, blocks_available=1)
     assert [share.count for share in splitfuse.compose(view, 0.0).shares] == [8]
     view.decoding_count = 1
     assert splitfuse.compose(view, 0.0).shares == []
+
+
+@pytest.mark.parametrize(
+    ("name", "decodes_go_along"), [("prefill-first", False), ("selective-batching", True)]
+)
+def test_whole_prompts_fill_a_step_to_the_last_token(name: str, decodes_go_along: bool) -> None:
+    compose = COMPOSE.make(name)
+    view = View([Prompt(20, computed_len=4), Prompt(16), Prompt(1)], 3, 32)
+    found = compose.compose(view, 0.0)
+    assert [share.count for share in found.shares] == [16, 16] and found.decode is decodes_go_along
+    assert compose.prefill_room(view, 0.0) == 0
+    view.prefilling = [Prompt(20, computed_len=4)]
+    assert compose.prefill_room(view, 0.0) == 16
+    view.prefilling = []
+    assert compose.compose(view, 0.0).decode and compose.prefill_room(view, 0.0) == 32
 
 
 def test_stages_leave_room_for_prompts_that_begin() -> None:
