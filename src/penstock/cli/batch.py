@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from penstock.cli.output import check_output, unwritable
 from penstock.cli.settings import ConfigOption, read_settings
 from penstock.core.errors import ConfigError, EnvironmentMissing, InvalidRequest
 
@@ -36,6 +36,7 @@ _EPILOG = """Examples:
 _ENGINE, _SERVER, _OUTPUT = "Engine of its own", "Server", "Output"
 PRESET = "batchllm"
 PROBLEMS_SHOWN = 10
+LINE_HINT = "Each line is an object with `custom_id`, `method`, `url` and `body`: docs/commands/batch.md."
 
 
 def register(app: typer.Typer) -> None:
@@ -87,9 +88,12 @@ def batch(
         bool, typer.Option("--json", help="Print the summary as JSON.", rich_help_panel=_OUTPUT)
     ] = False,
 ) -> None:
+    if not file.is_file():
+        raise EnvironmentMissing(f"`{file}` is not a file.", hint="Check the path.")
     target = out or file.with_name(file.name.removesuffix(".jsonl") + ".results.jsonl")
     if target.resolve() == file.resolve():
         raise ConfigError("`--out` is the file of requests itself.", hint="Name another file.", param="out")
+    check_output(target)
     if url is not None:
         from penstock.cli.batch_remote import run_remote
 
@@ -104,12 +108,17 @@ def batch(
             "replica.kv_memory": kv_memory,
             "replica.running_max": running_max,
         }
-        settings = read_settings(config, flags).settings
-        if not settings.preset:
-            settings = read_settings(config, {**flags, "preset": PRESET}).settings
-        summary = _run_here(file, target, settings)
+        summary = _run_here(file, target, _settings_of(config, flags))
     _show(summary, target, as_json)
     raise typer.Exit(0 if summary.failed == 0 else 1)
+
+
+def _settings_of(config: Path | None, flags: dict[str, Any]) -> Settings:
+    """Those of `serve`, on the preset for jobs where nobody names another."""
+    resolved = read_settings(config, flags)
+    if resolved.origins["preset"] == "default":
+        resolved = read_settings(config, {**flags, "preset": PRESET})
+    return resolved.settings
 
 
 def _run_here(path: Path, target: Path, settings: Settings) -> Summary:
@@ -121,10 +130,8 @@ def _run_here(path: Path, target: Path, settings: Settings) -> Summary:
     from penstock.gateway.batches.offline import offline_settings
     from penstock.gateway.batches.summary import summarised
 
-    if not path.is_file():
-        raise EnvironmentMissing(f"`{path}` is not a file.", hint="Check the path.")
     file = read_job(path, None, settings.batch.requests_max)
-    check_lines(path, file)
+    _check_lines(path, file)
     asked = file.body(file.lines[0]).get("model")
     settings = offline_settings(settings)
     if isinstance(asked, str) and not settings.served_model_name:
@@ -135,7 +142,7 @@ def _run_here(path: Path, target: Path, settings: Settings) -> Summary:
     except BaseException:
         if results:
             _write(target, file, results)
-            print(f"\n{len(results)} results are kept in {target}", file=sys.stderr)
+            tell_kept(len(results), target)
         raise
     return summarised(_write(target, file, results), plan, seconds)
 
@@ -167,7 +174,7 @@ def _serve(settings: Settings, file: JobFile, results: list[LineResult]) -> tupl
         link.close(timeout_s=5.0)
 
 
-def check_lines(path: Path, file: JobFile) -> None:
+def _check_lines(path: Path, file: JobFile) -> None:
     """Raise InvalidRequest, naming the first lines that are wrong."""
     if not file.problems:
         return
@@ -177,7 +184,7 @@ def check_lines(path: Path, file: JobFile) -> None:
     ]
     raise InvalidRequest(
         f"`{path}` cannot be run:\n  " + "\n  ".join(shown),
-        hint="Each line is an object with `custom_id`, `method`, `url` and `body`: docs/commands/batch.md.",
+        hint=LINE_HINT,
     )
 
 
@@ -191,13 +198,19 @@ def _write(target: Path, file: JobFile, results: list[LineResult]) -> list[dict[
 
 def write_rows(target: Path, rows: list[dict[str, Any]]) -> None:
     """The file appears whole or not at all."""
-    part = target.with_name(f".{target.name}.part")
+    from penstock.workloads.report_files import write_whole
+
     try:
-        with part.open("w", encoding="utf-8") as sink:
-            sink.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        os.replace(part, target)
+        write_whole(target, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     except OSError as error:
-        raise EnvironmentMissing(f"`{target}` cannot be written: {error}", hint="Check `--out`.") from error
+        raise unwritable(target, error) from error
+
+
+def tell_kept(count: int, target: Path) -> None:
+    """Of an interrupted run."""
+    if sys.stderr.isatty():
+        print(file=sys.stderr)  # the line of the progress stays
+    print(f"{count} results are kept in {target}", file=sys.stderr)
 
 
 def _require_extras() -> None:

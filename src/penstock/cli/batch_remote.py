@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from penstock.cli.batch import LINE_HINT, tell_kept, write_rows
 from penstock.core.errors import ConfigError, EnvironmentMissing, InvalidRequest, PenstockError
 
 if TYPE_CHECKING:
@@ -32,12 +33,11 @@ def run_remote(
 ) -> Summary:
     """Run the file there and write its answers here, in the order of the file.
 
-    Interrupted, it cancels the batch. Raises EnvironmentMissing where the server cannot be reached or runs no
-    batches, and InvalidRequest for what it refuses.
+    Interrupted, it cancels the batch and writes what was done. Raises EnvironmentMissing where the server
+    cannot be reached or runs no batches, and InvalidRequest for what it refuses.
     """
     import httpx
 
-    from penstock.cli.batch import write_rows
     from penstock.gateway.batches.summary import summarised
 
     if not url.startswith(("http://", "https://")):
@@ -48,7 +48,10 @@ def run_remote(
         with httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=TIMEOUT_S) as client:
             began_s = time.perf_counter()
             made = _start(client, path, endpoint, window)
-            ended = _wait(client, made["id"], tell)
+            try:
+                ended, is_interrupted = _wait(client, made["id"], tell), False
+            except KeyboardInterrupt:
+                ended, is_interrupted = _cancelled(client, made["id"], tell), True
             seconds = time.perf_counter() - began_s
             rows = [row for kind in ("output", "error") for row in _fetch(client, ended[f"{kind}_file_id"])]
     except httpx.HTTPError as error:
@@ -57,26 +60,33 @@ def run_remote(
         raise BatchEnded(_failure(path, ended), hint="Mend the file, and run it again.")
     by_id = {row["custom_id"]: row for row in rows}
     ordered = [by_id[custom_id] for custom_id in custom_ids if custom_id in by_id]
+    if is_interrupted:
+        done = [row for row in ordered if row["response"] is not None]  # the others were never run
+        if done:
+            write_rows(target, done)
+            tell_kept(len(done), target)
+        raise KeyboardInterrupt
     write_rows(target, ordered)
     return summarised(ordered, None, seconds)
 
 
 def _look(path: Path) -> tuple[list[str], str]:
     """The ids in order, and the endpoint of the first line; the server checks the rest."""
-    custom_ids, endpoint = [], ""
+    custom_ids, endpoint, number = [], "", 0
     try:
         with path.open("rb") as file:
-            for raw in filter(bytes.strip, file):
-                row = json.loads(raw)
-                custom_ids.append(row["custom_id"])
-                endpoint = endpoint or row["url"]
+            for raw in file:
+                number += 1
+                if raw.strip():
+                    row = json.loads(raw)
+                    custom_ids.append(row["custom_id"])
+                    endpoint = endpoint or row["url"]
     except OSError as error:
         raise EnvironmentMissing(f"`{path}` cannot be read: {error}", hint="Check the path.") from error
-    except (ValueError, KeyError, TypeError):
-        raise InvalidRequest(
-            f"`{path}` has a line that is no request (after {len(custom_ids)} good ones).",
-            hint="Each line is an object with `custom_id`, `method`, `url` and `body`.",
-        ) from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise InvalidRequest(f"Line {number} of `{path}` is no request.", hint=LINE_HINT) from None
+    if not custom_ids:
+        raise InvalidRequest(f"`{path}` has no requests.", hint=LINE_HINT)
     return custom_ids, endpoint
 
 
@@ -90,19 +100,20 @@ def _start(client: httpx.Client, path: Path, endpoint: str, window: str) -> JSON
 
 
 def _wait(client: httpx.Client, batch_id: str, tell: Callable[[str], None]) -> JSON:
-    try:
-        while True:
-            batch = _asked(client, "GET", f"/v1/batches/{batch_id}")
-            counts = batch["request_counts"] or {}
-            done = counts.get("completed", 0) + counts.get("failed", 0)
-            tell(f"{batch['status']}: {done} of {counts.get('total', 0)} requests")
-            if batch["status"] in ENDS:
-                return batch
-            time.sleep(POLL_S)
-    except KeyboardInterrupt:
-        with contextlib.suppress(PenstockError):
-            _asked(client, "POST", f"/v1/batches/{batch_id}/cancel")
-        raise
+    while True:
+        batch = _asked(client, "GET", f"/v1/batches/{batch_id}")
+        counts = batch["request_counts"] or {}
+        done = counts.get("completed", 0) + counts.get("failed", 0)
+        tell(f"{batch['status']}: {done} of {counts.get('total', 0)} requests")
+        if batch["status"] in ENDS:
+            return batch
+        time.sleep(POLL_S)
+
+
+def _cancelled(client: httpx.Client, batch_id: str, tell: Callable[[str], None]) -> JSON:
+    with contextlib.suppress(InvalidRequest):  # it has just ended
+        _asked(client, "POST", f"/v1/batches/{batch_id}/cancel")
+    return _wait(client, batch_id, tell)
 
 
 def _fetch(client: httpx.Client, file_id: str | None) -> list[JSON]:

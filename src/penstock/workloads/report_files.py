@@ -37,7 +37,7 @@ def write_texts(out: Path, files: Mapping[str, Iterable[str]]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, parts in files.items():
-            _replace(out / name, parts)
+            write_whole(out / name, parts)
     except OSError as problem:
         raise EnvironmentMissing(
             f"the report cannot be written to `{out}`: {problem.strerror or problem}.",
@@ -45,7 +45,8 @@ def write_texts(out: Path, files: Mapping[str, Iterable[str]]) -> None:
         ) from None
 
 
-def _replace(path: Path, parts: Iterable[str]) -> None:
+def write_whole(path: Path, parts: Iterable[str]) -> None:
+    """The file appears whole or not at all. Raises OSError."""
     part = path.with_name(f".{path.name}.part")
     try:
         with part.open("w", encoding="utf-8") as file:
