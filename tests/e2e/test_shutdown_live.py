@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 from contextlib import ExitStack
+from pathlib import Path
 
 import httpx
-from benchmarks.server_process import ServerProcess, wait_until
+import psutil
+import pytest
+from benchmarks.server_process import PENSTOCK, STOP_TIMEOUT_S, ServerProcess, wait_until
 from live import BODY, COMPLETIONS, StartServer, assert_engine_gone, error_code, open_stream
 
 
@@ -79,3 +83,35 @@ def test_an_engine_does_not_outlive_a_killed_gateway(serve: StartServer) -> None
         open_stream(server, stack, 5000)
         server.signal(signal.SIGKILL)
         assert_engine_gone(server)
+
+
+@pytest.mark.parametrize(
+    ("command", "number"),
+    [
+        (("calibrate", "--served"), signal.SIGTERM),
+        (("fidelity", "sample:burstgpt1", "--limit", "15"), signal.SIGINT),
+    ],
+    ids=("calibrate", "fidelity"),
+)
+def test_a_command_that_is_stopped_stops_the_server_it_started(
+    command: tuple[str, ...], number: signal.Signals, tiny_folder: Path, tmp_path: Path
+) -> None:
+    arguments, log = (*command, "--model", str(tiny_folder), "--threads", "1"), tmp_path / "log"
+    with log.open("wb") as errors:
+        process = subprocess.Popen(
+            [*PENSTOCK, *arguments], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=errors
+        )
+    started: list[psutil.Process] = []
+    try:
+        wait_until(lambda: "clients" in log.read_text(), "its server serves")
+        started += psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(number)
+        assert process.wait(STOP_TIMEOUT_S) == 130
+        gone, alive = psutil.wait_procs(started, timeout=30.0)
+        assert gone and not alive
+    finally:
+        for child in started:
+            if child.is_running():
+                child.kill()
+        process.kill()
+        process.wait()

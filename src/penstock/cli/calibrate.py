@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from penstock.cli.output import check_output
 from penstock.cli.settings import ConfigOption, read_settings
 from penstock.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from penstock.core.settings import Settings
-    from penstock.twin.costs.tables import Sample
+    from penstock.twin.costs.tables import FittedCostModel
 
 _HELP = """Measure this machine's engine, and fit the twin's cost model to its steps.
 
@@ -54,18 +55,17 @@ def calibrate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the fit's errors as JSON.")] = False,
 ) -> None:
     from penstock.twin.costs.knee import knee_tokens
-    from penstock.twin.costs.tables import fit_steps
 
     if served and from_steps is not None:
         raise ConfigError("`--served` and `--from-steps` are two sources of steps.", hint="give one of them")
+    check_output(out)
     settings = read_settings(config, {"model": model, "replica.threads": threads}).settings
     if served:
-        samples, name, source = _served(settings, config, model, threads)
+        fitted = served_profile(settings, config, model, threads)
     elif from_steps is not None:
-        samples, name, source = _recorded(from_steps)
+        fitted = _recorded(from_steps)
     else:
-        samples, name, source = _measured(settings, rounds)
-    fitted = fit_steps(samples, name=name, source=source, is_lived=served or from_steps is not None)
+        fitted = _measured(settings, rounds)
     fitted.save(out)
     errors = fitted.profile.errors
     knee = knee_tokens(fitted, fitted.profile.range.rows)
@@ -79,8 +79,8 @@ def calibrate(
     print(f"profile: {out}")
 
 
-def _measured(settings: Settings, rounds: int) -> tuple[list[Sample], str, str]:
-    """Steps of this machine's engine, made for the purpose; with the profile's name and source."""
+def _measured(settings: Settings, rounds: int) -> FittedCostModel:
+    """From steps of this machine's engine, made for the purpose."""
     from penstock.engine.threads import wait_briefly
 
     wait_briefly()  # as the engine process does
@@ -92,6 +92,7 @@ def _measured(settings: Settings, rounds: int) -> tuple[list[Sample], str, str]:
     from penstock.engine.calibrate import measure
     from penstock.models.catalogue import resolve
     from penstock.twin.costs.recorded import work_of
+    from penstock.twin.costs.tables import fit_steps
 
     with show_progress() as report:
         source = resolve(settings.model, progress=report)
@@ -107,13 +108,13 @@ def _measured(settings: Settings, rounds: int) -> tuple[list[Sample], str, str]:
     samples = [(work_of(record), record.total_s) for record in records]
     info = engine.info
     told = f"penstock calibrate: {len(samples)} steps, {info.dtype}, {info.fingerprint}"
-    return samples, f"{info.model} on {info.device}", told
+    return fit_steps(samples, name=f"{info.model} on {info.device}", source=told)
 
 
-def _served(
+def served_profile(
     settings: Settings, config: Path | None, model: str | None, threads: int | None
-) -> tuple[list[Sample], str, str]:
-    """Steps of a server that answers clients on this machine, all in processes of their own."""
+) -> FittedCostModel:
+    """From steps of a server of one's own, gone when this returns, while clients stream from it."""
     import tempfile
 
     from penstock.cli.load import send_rows
@@ -122,6 +123,7 @@ def _served(
     from penstock.models.config import load_config
     from penstock.twin.costs.calibration_load import phases
     from penstock.twin.costs.recorded import read_samples
+    from penstock.twin.costs.tables import fit_steps
     from penstock.workloads.replay import ReplayOptions
 
     given = {"--config": config, "--model": model, "--threads": threads}
@@ -138,12 +140,14 @@ def _served(
                 send_rows(server.url, phase.rows, options, vocab_size)
         samples = read_samples(trace)
     told = f"penstock calibrate --served: {len(samples)} steps, {info['dtype']}"
-    return samples, f"{info['model']} on {info['device']}, served", told
+    return fit_steps(samples, name=f"{info['model']} on {info['device']}, served", source=told, is_lived=True)
 
 
-def _recorded(path: Path) -> tuple[list[Sample], str, str]:
-    """The same of steps that a server recorded while it worked."""
+def _recorded(path: Path) -> FittedCostModel:
+    """From steps that a server recorded while it worked."""
     from penstock.twin.costs.recorded import read_samples
+    from penstock.twin.costs.tables import fit_steps
 
     samples = read_samples(path)
-    return samples, f"recorded {path.name}", f"penstock calibrate --from-steps: {len(samples)} steps"
+    told = f"penstock calibrate --from-steps: {len(samples)} steps"
+    return fit_steps(samples, name=f"recorded {path.name}", source=told, is_lived=True)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from penstock.cli.calibrate import served_profile
 from penstock.cli.load import send_rows
-from penstock.cli.local_server import LocalServer, local_server, run_program
+from penstock.cli.local_server import local_server
 from penstock.cli.machine import (
     LOAD,
     MACHINE,
@@ -152,7 +153,7 @@ def fidelity(
         path = profile or _calibrated(stack, settings, config, threads)
         machine, own_limits, vocab_size = _twin_of(path, settings)
         server = None if url else stack.enter_context(local_server(_serve_arguments(config, flags)))
-        limits = own_limits if server is None else _limits_of(server, settings)
+        limits = own_limits if server is None else server.limits(settings.replica.prefix_cache)
         job = _Job(
             rows=rows,
             settings=settings,
@@ -208,16 +209,11 @@ def _serve_arguments(config: Path | None, flags: dict[str, Any]) -> list[str]:
 def _calibrated(
     stack: contextlib.ExitStack, settings: Settings, config: Path | None, threads: int | None
 ) -> Path:
-    """Measure behind a gateway and clients, as the replays will, in processes that end before these."""
+    """Measure behind a gateway and clients, as the replays will."""
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="penstock-"))
     path = Path(folder) / "calibrated.toml"
-    arguments = ["calibrate", "--served", "--model", settings.model, "--out", str(path)]
-    if config is not None:
-        arguments += ["--config", str(config)]
-    if threads is not None:
-        arguments += ["--threads", str(threads)]
     print("calibrating first; `--profile` spares that", file=sys.stderr)
-    run_program(arguments)
+    served_profile(settings, config, settings.model, threads).save(path)
     return path
 
 
@@ -231,11 +227,6 @@ def _twin_of(path: Path, settings: Settings) -> tuple[Machine, ReplicaLimits, in
     model_config = load_config(resolve(settings.model))
     machine = machine_of(str(path), "penstock-cpu", model_config, Parallel())
     return machine, limits_of(settings, model_config, machine), model_config.vocab
-
-
-def _limits_of(server: LocalServer, settings: Settings) -> ReplicaLimits:
-    """The sizes that the server really has."""
-    return server.limits(settings.replica.prefix_cache)
 
 
 @dataclass(slots=True)

@@ -73,16 +73,6 @@ def local_server(arguments: Sequence[str]) -> Iterator[LocalServer]:
             _stop(process)
 
 
-def run_program(arguments: Sequence[str]) -> None:
-    """A command of this program in a process of its own, its output on stderr. Raises EnvironmentMissing."""
-    ended = subprocess.run([*PROGRAM, *arguments], stdout=sys.stderr, check=False)
-    if ended.returncode:
-        raise EnvironmentMissing(
-            f"`penstock {arguments[0]}` ended with exit code {ended.returncode}.",
-            hint="run it by itself to see why",
-        )
-
-
 def _wait_ready(process: subprocess.Popen[bytes], ready: Path, log: Path) -> None:
     deadline_s = time.monotonic() + START_TIMEOUT_S
     while not (ready.exists() and ready.read_text().strip()):

@@ -1,10 +1,12 @@
 """The `penstock` program: collects the commands, turns errors into a message, a hint and an exit code.
 
-Exit codes: 0 ok, 1 failed, 2 usage (flags, config), 3 environment (a package, file or device is missing).
+Exit codes: 0 ok, 1 failed, 2 usage (flags, config), 3 environment (a package, file or device is missing),
+130 interrupted.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import typer
@@ -59,6 +61,8 @@ def exit_code_of(error: PenstockError) -> int:
 
 
 def main() -> None:
+    # As Ctrl-C: what was started is ended, and what is done is kept. A server that runs drains instead.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     except PenstockError as error:
