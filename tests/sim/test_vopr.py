@@ -180,6 +180,7 @@ def test_a_failure_shrinks_to_almost_nothing(monkeypatch: pytest.MonkeyPatch) ->
     short = shrink(script, failure.check, thoroughly=False)
     assert len(short.calls) == 1 and not short.faults
     assert short.calls[0].prompt_tokens == 1 and short.calls[0].output_tokens <= 3
+    assert short.system.policies == System().policies != script.system.policies
     again = run_script(short).failure
     assert again is not None and again.check == "repeat"
     assert shrink(script, failure.check, thoroughly=False) == short

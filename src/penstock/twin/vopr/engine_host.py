@@ -93,14 +93,6 @@ class EngineHost:
         """Whether the step with this number goes on; they count from 1."""
         return number == self.steps
 
-    def begin_steps(self, now_s: float, horizon_s: float) -> list[tuple[int, float]]:
-        """Number and end of every step that begins."""
-        ends_s = self.begin(now_s, horizon_s)
-        return [] if ends_s is None else [(self.steps, ends_s)]
-
-    def complete_step(self, number: int, now_s: float) -> bool:
-        return self.complete(now_s)
-
     def still_s(self, now_s: float) -> float:
         """For how long the heartbeat has stood still: it beats between steps, idle or busy."""
         step = self._step
@@ -125,13 +117,13 @@ class EngineHost:
                 self._submit(command.request, now_s)
             self._checkers.after_step(self._replica)
 
-    def begin(self, now_s: float, horizon_s: float) -> float | None:
-        """Plan a step and compute it. Returns when it ends, or None when there is nothing to do."""
+    def begin_steps(self, now_s: float, horizon_s: float) -> list[tuple[int, float]]:
+        """Plan what can begin now and compute it. Number and end of every step that begins."""
         assert self._step is None and not self.is_dead
         plan = self._replica.plan(now_s)
         if plan is None:
             self._checkers.idle(self._replica)
-            return None
+            return []
         self.steps += 1
         self._journal.plan(plan)
         self._audit.before(plan, self._checkers.output_ends())
@@ -141,10 +133,10 @@ class EngineHost:
             result, ends_s = self._execute(plan, now_s, now_s if faults.is_armed else horizon_s)
             self._audit.after(plan, result)
         self._step = _Step(plan, result, faults.error, now_s)
-        return ends_s + faults.stall_s
+        return [(self.steps, ends_s + faults.stall_s)]
 
-    def complete(self, now_s: float) -> bool:
-        """The step is over; False when the engine is. A failed one costs everything that the engine holds."""
+    def complete_step(self, number: int, now_s: float) -> bool:
+        """It is over; False when the engine is. A failed one costs everything that the engine holds."""
         step, self._step = self._step, None
         assert step is not None
         if step.error is not None:

@@ -16,13 +16,11 @@ from penstock.core.request import Request
 from penstock.core.settings import DeskSettings
 from penstock.desk import Capacity, Desk, fit_output
 from penstock.policies.stack import rank_class
-from penstock.twin.vopr.checkers import Checkers
+from penstock.twin.vopr.checkers import ANSWERS, Checkers
 from penstock.twin.vopr.content import requests_of
 from penstock.twin.vopr.engine_host import Cancel, Command, Submit
 from penstock.twin.vopr.journal import Journal
 from penstock.twin.vopr.script import Call, System
-
-ANSWERS = (FinishReason.STOP, FinishReason.LENGTH)
 
 
 @dataclass(slots=True, eq=False)

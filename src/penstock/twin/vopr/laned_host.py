@@ -20,7 +20,7 @@ from penstock.twin.vopr.engine_host import Command, EngineHost
 from penstock.twin.vopr.journal import Journal
 from penstock.twin.vopr.plan_audit import PlanAudit
 from penstock.twin.vopr.script import System
-from penstock.twin.vopr.strict_executor import OnBlock, StrictExecutor, _Live
+from penstock.twin.vopr.strict_executor import Live, OnBlock, StrictExecutor
 
 
 def make_host(
@@ -114,7 +114,7 @@ class LanedHost(EngineHost):
 @dataclass(slots=True)
 class _Task:
     chunk: Chunk
-    live: _Live
+    live: Live
 
 
 class _TwoPhaseExecutor(StrictExecutor):

@@ -98,7 +98,8 @@ def _simpler_systems(system: System) -> Iterator[dict[str, Any]]:
     plain = System()
     for name in (
         "queue_requests_max", "queue_tokens_max", "queue_wait_s_max", "tenant_requests_max", "stall_s",
-        "link_jitter_s", "kv_lost_blocks", "mid_step", "compose", "exact", "link_s", "step_token_s",
+        "link_jitter_s", "kv_lost_blocks", "mid_step", "lanes", "rank", "admit", "compose", "preempt",
+        "retain", "host_kv_blocks", "kv_group_tokens", "copy_block_s", "exact", "link_s", "step_token_s",
         "step_base_s",
     ):  # fmt: skip
         yield {name: getattr(plain, name)}
@@ -116,6 +117,8 @@ def _simpler_calls(call: Call) -> Iterator[dict[str, Any]]:
         "tenant",
         "priority",
         "salt",
+        "session",
+        "keyed",
         "stops_after_tokens",
         "stem_tokens",
         "stem",

@@ -21,7 +21,9 @@ OnBlock = Callable[[str, int], None]
 
 
 @dataclass(slots=True)
-class _Live:
+class Live:
+    """One sequence, as the plans have told of it."""
+
     start: SequenceStart
     values: list[int]  # the fold at every known position
     blocks: list[int]
@@ -35,7 +37,7 @@ class StrictExecutor:
         self._cost = cost
         self._on_block = on_block
         self._kv: dict[int, list[int]] = {}  # block → what its slots hold; 0: never written
-        self._live: dict[int, _Live] = {}
+        self._live: dict[int, Live] = {}
         self._decoding: dict[int, None] = {}
         self.host = StrictHost(self._kv)
 
@@ -62,7 +64,7 @@ class StrictExecutor:
         for start in plan.starts:
             require(start.tokens is not None, "plan", "a sequence starts without its tokens")
             assert start.tokens is not None
-            self._live[start.seq_id] = _Live(start, folds(start.tokens), list(start.blocks))
+            self._live[start.seq_id] = Live(start, folds(start.tokens), list(start.blocks))
         for seq_id, blocks in plan.new_blocks:
             self._live[seq_id].blocks += blocks
 
@@ -73,13 +75,13 @@ class StrictExecutor:
         if chunk.emits:
             self._emit(live, chunk, tokens)
 
-    def _emit(self, live: _Live, chunk: Chunk, tokens: dict[int, int]) -> None:
+    def _emit(self, live: Live, chunk: Chunk, tokens: dict[int, int]) -> None:
         token = next_token(live.values[chunk.start + chunk.count - 1], live.start.sampling.seed)
         live.values.append(fold(live.values[-1], token))
         tokens[chunk.seq_id] = token
         self._decoding[chunk.seq_id] = None
 
-    def _check_history(self, live: _Live, length: int) -> None:
+    def _check_history(self, live: Live, length: int) -> None:
         """The first `length` positions are in the sequence's blocks, block by block."""
         size = self._block_tokens
         for index in range(-(-length // size)):
@@ -93,7 +95,7 @@ class StrictExecutor:
                     f"{live.blocks[index]}, which holds something else",
                 )
 
-    def _write(self, live: _Live, start: int, stop: int) -> None:
+    def _write(self, live: Live, start: int, stop: int) -> None:
         size = self._block_tokens
         for position in range(start, stop):
             block, slot = live.blocks[position // size], position % size
