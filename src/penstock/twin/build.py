@@ -7,7 +7,7 @@ from pathlib import Path
 
 from penstock.core.errors import ConfigError
 from penstock.core.settings import Settings
-from penstock.core.units import GIB, parse_bytes
+from penstock.core.units import GIB, format_bytes, parse_bytes
 from penstock.models.config import ModelConfig
 from penstock.replica.limits import ReplicaLimits
 from penstock.twin.costs import hardware, tables
@@ -77,11 +77,19 @@ def limits_of(settings: Settings, config: ModelConfig, machine: Machine) -> Repl
 
 
 def _host_blocks(setting: str, kv_blocks: int, block_bytes: int) -> int:
-    if setting == "0":
+    if setting.strip() == "0":
         return 0
-    return (
-        HOST_AUTO_POOLS * kv_blocks if setting == "auto" else _bytes("host_kv_memory", setting) // block_bytes
-    )
+    if setting == "auto":
+        return HOST_AUTO_POOLS * kv_blocks
+    wanted = _bytes("host_kv_memory", setting)
+    if wanted < block_bytes:
+        raise ConfigError(
+            f"`replica.host_kv_memory` asks for {format_bytes(wanted)}, and a KV block takes "
+            f"{format_bytes(block_bytes)}",
+            hint="Ask for more, `auto`, or 0 for none.",
+            param="replica.host_kv_memory",
+        )
+    return wanted // block_bytes
 
 
 def _kind_of(path: Path) -> str:
