@@ -183,7 +183,7 @@ def test_ends_of_lower_ranked_copies_go_first() -> None:
     assert length == 16 and low_copy is not None and high_copy is not None
     assert low_copy.valid_len == 8 and high_copy.valid_len == 16, "v falls to the first lost block"
     assert tier.reserve(sequence(0, 40), 40, lambda s: s.arrival_index)[1] == 40
-    assert tier.copy_of(high) is None and tier.blocks_lost_total == 12
+    assert not any(map(tier.copy_of, (low, high, mine))) and tier.used_count == 10
     tier.check_invariants()
 
 

@@ -44,7 +44,6 @@ class HostTier:
         self._by_seq: dict[int, HostCopy] = {}
         self._by_session: dict[Owner, HostCopy] = {}
         self._between_turns: OrderedDict[Owner, HostCopy] = OrderedDict()  # longest unused first
-        self.blocks_lost_total = 0  # taken from a copy for another one
 
     @property
     def used_count(self) -> int:
@@ -196,9 +195,7 @@ class HostTier:
             missing = wanted - self._extents.count
             if missing <= 0:
                 return
-            lost = min(missing, len(copy.blocks))
-            self.blocks_lost_total += lost
-            kept = len(copy.blocks) - lost
+            kept = max(0, len(copy.blocks) - missing)
             self._cut(copy, min(copy.valid_len, kept * self._block_tokens), kept)
             if not copy.blocks:
                 self._remove(copy)

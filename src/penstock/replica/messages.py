@@ -66,7 +66,6 @@ class ReplicaStats:
     swap_blocks_total: dict[str, int] = field(default_factory=_by_way)
     swap_bytes_total: dict[str, int] = field(default_factory=_by_way)  # 0 where a block's size is not known
     swap_failures_total: int = 0
-    swap_guard_waits_total: int = 0  # copies waited for because their blocks were needed
     swap_stall_s_total: float = 0.0  # steps waited for copies
     step_tokens: int = 0
     step_s: float = 0.0

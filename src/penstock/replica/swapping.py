@@ -200,7 +200,6 @@ class Swapping:
                 return
             if flight.blocks:
                 self._draft.wait(flight.copy.copy_id)
-                self._stats.swap_guard_waits_total += 1
                 self._release(flight, now_s)
 
     def wait_for_any(self) -> None:
