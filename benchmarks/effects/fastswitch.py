@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmarks.effects._conversations import Conversation, Talked, Turn, chats, serve_chats, talk
 from benchmarks.effects.effect import Claim, Effect, Measured
+from benchmarks.effects.live import host_kv, live_engine, serve_live
 from benchmarks.effects.serving import Load, Served, limits, llama_8b, poisson, serve, settings_of
 from penstock.core.request import Request
 from penstock.core.settings import Settings
@@ -149,14 +150,10 @@ def fastswitch_live() -> Measured:
 def _talked(
     preempt: str, group_tokens: int, options: dict[str, Any] | None = None, host_frac: float = 1.0
 ) -> Talked:
-    from benchmarks.effects.live import live_engine
-    from penstock.engine.executor import TorchExecutor
-    from penstock.engine.host_kv import HostKV
     from penstock.policies.stack import make_stack_of
     from penstock.replica.replica import Replica
 
-    executor = live_engine().executor
-    assert isinstance(executor, TorchExecutor)
+    engine = live_engine()
     conversations = [Conversation(0.0, [Turn(160, 32), *[Turn(32, 32)] * 3])] * 32
     blocks = 24 * 8  # a whole conversation has 384 tokens
     host_blocks = int(24 * 32 * host_frac)
@@ -166,13 +163,9 @@ def _talked(
         host_kv_blocks=host_blocks,
         kv_block_bytes=368_640,
     )
-    executor.use_host(HostKV(executor.store, host_blocks))
-    try:
-        stack = make_stack_of(_settings(preempt, **(options or {})))
-        return talk(Replica(sizes, stack), executor, conversations, vocab=40_000)
-    finally:
-        executor.reset()
-        executor.use_host(None)
+    stack = make_stack_of(_settings(preempt, **(options or {})))
+    with host_kv(engine, host_blocks):
+        return talk(Replica(sizes, stack), engine.executor, conversations, vocab=40_000)
 
 
 def _growing(count: int) -> Load:
@@ -210,6 +203,30 @@ def swap_loses() -> Measured:
     )
 
 
+def swap_live() -> Measured:
+    """SmolLM2-135M: 16 requests of 160 + 128 tokens at once, in KV for six of them, and room on the host."""
+    load = Load([Request(f"r{index}", 160, 112 + 2 * index, 0.0) for index in range(16)])
+    sizes = limits(1_600, prefix_cache=False, host_kv_blocks=400, kv_block_bytes=368_640, kv_layers=30)
+    before, after = (
+        serve_live(load, settings_of("sarathi", preempt=preempt), sizes)
+        for preempt in ("youngest-recompute", "swap")
+    )
+    lost = [sum(each.stats.preempted_tokens_total.values()) for each in (before, after)]
+    ratio = before.makespan_s / after.makespan_s
+    differing = sum(before.tokens[name] != after.tokens[name] for name in before.tokens)
+    return Measured(
+        f"tokens computed again {lost[0]} → {lost[1]}, preemptions {before.preemptions} → "
+        f"{after.preemptions}; makespan {before.makespan_s:.1f} → {after.makespan_s:.1f} s ({ratio:.2f}×); "
+        "outputs identical",
+        (
+            Claim("tokens computed again, recompute", lost[0], low=1000),
+            Claim("tokens computed again, swap", lost[1], high=0),
+            Claim("preemptions, swap", after.preemptions, low=5),
+            Claim("outputs that differ", differing, high=0),
+        ),
+    )
+
+
 def _lost(served: Served) -> Sequence[int]:
     return list(served.twin.replica.stats().preempted_tokens_total.values())
 
@@ -238,6 +255,25 @@ def rank_wins() -> Measured:
             Claim("makespan, after / before", lost, high=1.05),
         ),
         (_spread("TTFT of the light tenant", "ttft_s", {"fastswitch": fair, "fcfs": fcfs}, light),),
+    )
+
+
+def rank_live() -> Measured:
+    """Queue order only, 4 slots: one tenant asks for 32 answers at once, another for 6 a little later."""
+    requests = [Request(f"h{index}", 48, 24, 0.0, tenant="heavy") for index in range(32)]
+    requests += [Request(f"l{index}", 48, 8, 0.1 + 0.02 * index, tenant="light") for index in range(6)]
+    sizes = limits(8192, running_max=4)
+    served = [serve_live(Load(requests), settings_of(rank=rank), sizes) for rank in ("fcfs", "fastswitch")]
+    light = [request.id for request in requests if request.tenant == "light"]
+    places = [each.mean_place(light) for each in served]
+    waits_s = [float(each.values("ttft_s", light).mean()) for each in served]
+    return Measured(
+        f"mean TTFT of the light tenant {waits_s[0]:.1f} → {waits_s[1]:.1f} s, its mean place among the "
+        f"first tokens {places[0]:.0f} → {places[1]:.0f} of 38",
+        (
+            Claim("mean place of the light tenant among first tokens, before", places[0], low=30),
+            Claim("the same, after", places[1], high=18),
+        ),
     )
 
 
@@ -286,7 +322,7 @@ EFFECTS = (
         "nothing is computed twice; the baseline of card fastswitch",
         swap_wins,
         swap_loses,
-        not_live="its copies on a CPU are within one memory, and cost next to nothing",
+        swap_live,
     ),
     Effect(
         "rank",
@@ -294,7 +330,7 @@ EFFECTS = (
         "priorities may follow need every 25 steps, since switching costs next to nothing (card fastswitch)",
         rank_wins,
         rank_loses,
-        not_live="the live effect of preempt/fastswitch runs under it",
+        rank_live,
         settings={"preempt": "fastswitch"},
     ),
 )
