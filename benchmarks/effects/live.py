@@ -10,8 +10,8 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise
@@ -94,18 +94,20 @@ def serve_live(
 
     Greedy. Prompts that have lengths only become random tokens by `seed`, equal where `block_keys` are equal;
     an output ends after as many tokens as the load says. `journal` names a file to write, for
-    `penstock.twin.exact.replay_journal`.
+    `penstock.twin.exact.replay_journal`. Where the sizes have a host's KV, the engine has it for this run.
     """
     engine = live_engine(sizes.kv_block_tokens)
     most = min(CONTEXT_LEN_MAX, engine.limits.context_len_max)
     sizes = replace(sizes, context_len_max=min(sizes.context_len_max, most))
     assert sizes.kv_blocks <= engine.limits.kv_blocks, f"the engine has {engine.limits.kv_blocks} blocks"
     waiting = deque(spelt_out(request, seed, sizes.kv_block_tokens) for request in load.requests)
-    if journal is None:
-        run = _Run(engine, settings, sizes, load.output_lens, None, each_step)
-        return run.serve(waiting)
-    with closing(LineFile(journal, header(sizes, settings.policies, terms_of(settings)))) as file:
-        told = Journal(sizes.kv_block_tokens, seed.to_bytes(8, "big"), file.write)
+    told = None
+    with ExitStack() as stack:
+        stack.enter_context(host_kv(engine, sizes.host_kv_blocks))
+        if journal is not None:
+            head = header(sizes, settings.policies, terms_of(settings))
+            file = stack.enter_context(closing(LineFile(journal, head)))
+            told = Journal(sizes.kv_block_tokens, seed.to_bytes(8, "big"), file.write)
         return _Run(engine, settings, sizes, load.output_lens, told, each_step).serve(waiting)
 
 
@@ -123,6 +125,25 @@ def live_engine(block_tokens: int = BLOCK_TOKENS) -> Engine:
     for _ in range(3):
         warm_up(engine, settings)
     return engine
+
+
+@contextmanager
+def host_kv(engine: Engine, blocks: int) -> Iterator[None]:
+    """KV for so many blocks in host memory, until the context ends; none: as the engine was built."""
+    if not blocks:
+        yield
+        return
+    from penstock.engine.executor import TorchExecutor
+    from penstock.engine.host_kv import HostKV
+
+    executor = engine.executor
+    assert isinstance(executor, TorchExecutor)
+    executor.use_host(HostKV(executor.store, blocks))
+    try:
+        yield
+    finally:
+        executor.reset()
+        executor.use_host(None)
 
 
 def spelt_out(request: Request, seed: int, block_tokens: int) -> Request:
