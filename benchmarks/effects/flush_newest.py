@@ -7,6 +7,7 @@ from functools import cache
 import numpy as np
 
 from benchmarks.effects.effect import Claim, Effect, Measured
+from benchmarks.effects.live import LiveServed, serve_live
 from benchmarks.effects.serving import Load, Served, limits, serve, settings_of
 from penstock.core.request import Request
 from penstock.workloads.charts import Chart, Series
@@ -27,8 +28,9 @@ def _served(preempt: str, pool: int = POOL) -> Served:
     return serve(Load(requests), settings_of(preempt=preempt), sizes)
 
 
-def _lost(served: Served) -> int:
-    return sum(served.twin.replica.stats().preempted_tokens_total.values())
+def _lost(served: Served | LiveServed) -> int:
+    stats = served.stats if isinstance(served, LiveServed) else served.twin.replica.stats()
+    return sum(stats.preempted_tokens_total.values())
 
 
 def wins() -> Measured:
@@ -67,6 +69,33 @@ def loses() -> Measured:
     )
 
 
+def live() -> Measured:
+    """The card's test 4, six requests that grow in ten blocks; and sixteen in KV for a third of them."""
+    few = [Request(f"r{index}", 16, 48, 0.0) for index in range(6)]
+    many = [Request(f"r{index}", 64, 64 + 96 * index // 15, 0.0) for index in range(16)]
+    runs = [
+        [serve_live(Load(load), settings_of(preempt=name), limits(pool))
+         for name in ("youngest-recompute", "flush-newest")]
+        for load, pool in ((few, 160), (many, 1200))
+    ]  # fmt: skip
+    (few_before, few_after), (before, after) = runs
+    unequal = sum(pair[0].tokens[name] != pair[1].tokens[name] for pair in runs for name in pair[0].tokens)
+    return Measured(
+        f"six in ten blocks: {_lost(few_before)} → {_lost(few_after)} tokens computed twice; sixteen: "
+        f"{_lost(before)} → {_lost(after)}, {before.preemptions} → {after.preemptions} preemptions; "
+        "outputs identical",
+        (
+            Claim(
+                "six: tokens computed twice, after / before", _lost(few_after) / _lost(few_before), high=0.6
+            ),
+            Claim("sixteen: tokens computed twice, after / before", _lost(after) / _lost(before), high=0.8),
+            Claim("sixteen: preemptions, after / before", after.preemptions / before.preemptions, high=0.7),
+            Claim("flushes", after.preemptions, low=1),
+            Claim("outputs that differ", unequal, high=0),
+        ),
+    )
+
+
 EFFECTS = (
     Effect(
         "preempt",
@@ -74,5 +103,6 @@ EFFECTS = (
         "six requests grow in ten blocks: all finish, outputs unchanged (card deepspeed-fastgen, test 4)",
         wins,
         loses,
+        live,
     ),
 )
