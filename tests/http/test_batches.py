@@ -289,6 +289,26 @@ def test_files_are_listed_described_and_deleted(serve: Serve, tmp_path: Path) ->
         client.batches.create(input_file_id=ids[0], endpoint=TEXT, completion_window="24h")
 
 
+@pytest.mark.parametrize(
+    ("param", "value"),
+    [("limit", "0"), ("limit", "x"), ("limit", "10001"), ("order", "up"), ("after", "nobody")],
+)
+def test_a_wrong_query_is_named(serve: Serve, tmp_path: Path, param: str, value: str) -> None:
+    client = serve(batch_settings(tmp_path)).openai()
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.files.list(extra_query={param: value})
+    assert caught.value.param == param
+
+
+def test_a_file_whose_bytes_are_gone_is_forgotten(serve: Serve, tmp_path: Path) -> None:
+    first = serve(batch_settings(tmp_path))
+    file_id = upload(first.openai(), jsonl([line("a")]))
+    first.stop()
+    (tmp_path / "files" / f"{file_id}.data").unlink()
+    assert not list(serve(batch_settings(tmp_path)).openai().files.list())
+    assert not list((tmp_path / "files").iterdir())
+
+
 def test_batches_are_listed_in_pages(serve: Serve, tmp_path: Path) -> None:
     client = serve(batch_settings(tmp_path)).openai()
     made = [run_batch(client, [line("a")]).id for _ in range(3)]

@@ -113,8 +113,9 @@ def _look_at(raw: bytes, number: int, offset: int, endpoint: str | None) -> JobL
         return wrong("invalid_custom_id", "`custom_id` may not hold control characters.", "custom_id")
     if row.get("method") != "POST":
         return wrong("invalid_method", '`method` must be `"POST"`.', "method")
-    if url not in ENDPOINTS or (endpoint is not None and url != endpoint):
-        wanted = endpoint or " or ".join(f"`{each}`" for each in ENDPOINTS)
+    allowed = ENDPOINTS if endpoint is None else (endpoint,)
+    if not isinstance(url, str) or url not in allowed:
+        wanted = " or ".join(f"`{each}`" for each in allowed)
         return wrong("invalid_url", f"`url` must be {wanted}.", "url")
     if not isinstance(row.get("body"), dict):
         return wrong("invalid_body", "`body` must be an object.", "body")

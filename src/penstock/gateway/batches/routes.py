@@ -10,7 +10,7 @@ from typing import IO, Any, Final, TypeVar
 
 import orjson
 from fastapi import FastAPI
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, Response
 
@@ -18,6 +18,7 @@ from penstock.core.errors import (
     InvalidRequest,
     ObjectNotFound,
     Overloaded,
+    PenstockError,
     RateLimitExceeded,
     RequestTimeout,
     RouteNotFound,
@@ -58,7 +59,7 @@ Kept = TypeVar("Kept", FileRecord, BatchRecord)
 
 
 class BatchApi:
-    """The handlers. `store` is None where the API is off."""
+    """The handlers, all on the event loop, which owns the store. `store` is None where the API is off."""
 
     def __init__(self, gateway: Gateway, store: BatchStore | None, wall_clock: Callable[[], float]) -> None:
         self._gateway = gateway
@@ -79,7 +80,7 @@ class BatchApi:
 
     # ---- files ----------------------------------------------------------------------------------------
 
-    async def upload(self, request: Request) -> Response:
+    async def upload_file(self, request: Request) -> Response:
         store, tenant = self._enter(request)
         boundary = boundary_of(request.headers.get("content-type", ""))
         declared = request.headers.get("content-length", "")
@@ -128,7 +129,7 @@ class BatchApi:
         form.check()
         return form
 
-    def list_files(self, request: Request) -> Response:
+    async def list_files(self, request: Request) -> Response:
         store, tenant = self._enter(request)
         purpose = request.query_params.get("purpose")
         files = [
@@ -136,16 +137,16 @@ class BatchApi:
         ]
         return _answer(_page(request, files, "file"))
 
-    def file(self, request: Request, file_id: str) -> Response:
+    async def file(self, request: Request, file_id: str) -> Response:
         store, tenant = self._enter(request)
         return _answer(store.file(file_id, tenant).wire())
 
-    def content(self, request: Request, file_id: str) -> Response:
+    async def content(self, request: Request, file_id: str) -> Response:
         store, tenant = self._enter(request)
         path = store.path_of(store.file(file_id, tenant))
         return FileResponse(path, media_type="application/octet-stream")
 
-    def delete(self, request: Request, file_id: str) -> Response:
+    async def delete(self, request: Request, file_id: str) -> Response:
         store, tenant = self._enter(request)
         store.delete_file(store.file(file_id, tenant))
         return _answer({"id": file_id, "object": "file", "deleted": True})
@@ -189,16 +190,16 @@ class BatchApi:
         self._worker.added()
         return _answer(batch.wire())
 
-    def list_batches(self, request: Request) -> Response:
+    async def list_batches(self, request: Request) -> Response:
         store, tenant = self._enter(request)
         mine = [batch for batch in store.batches.values() if batch.tenant == tenant]
         return _answer(_page(request, mine, "batch"))
 
-    def batch(self, request: Request, batch_id: str) -> Response:
+    async def batch(self, request: Request, batch_id: str) -> Response:
         store, tenant = self._enter(request)
         return _answer(store.batch(batch_id, tenant).wire())
 
-    def cancel(self, request: Request, batch_id: str) -> Response:
+    async def cancel(self, request: Request, batch_id: str) -> Response:
         store, tenant = self._enter(request)
         batch = store.batch(batch_id, tenant)
         if batch.status is not Status.CANCELLING:
@@ -282,13 +283,15 @@ def _window_s(text: str) -> int:
 
 
 def _page(request: Request, records: list[Kept], noun: str) -> dict[str, Any]:
-    """Newest first, from behind `after`, at most `limit`."""
+    """Newest first unless `order` says otherwise, from behind `after`, at most `limit`."""
     limit_text = request.query_params.get("limit", str(LIST_DEFAULT[noun]))
     if not (limit_text.isascii() and limit_text.isdigit() and 1 <= int(limit_text[:9]) <= LIST_MAX[noun]):
         raise InvalidRequest(f"`limit` must be a whole number from 1 to {LIST_MAX[noun]}.", param="limit")
-    records = records[::-1]
-    if request.query_params.get("order") == "asc":
-        records.reverse()
+    order = request.query_params.get("order", "desc")
+    if order not in ("asc", "desc"):
+        raise InvalidRequest("`order` must be `asc` or `desc`.", param="order")
+    if order == "desc":
+        records = records[::-1]
     after = request.query_params.get("after")
     if after is not None:
         places = [place for place, record in enumerate(records) if record.id == after]
@@ -311,70 +314,23 @@ def _answer(body: dict[str, Any]) -> Response:
 
 
 def add_batch_routes(app: FastAPI, api: BatchApi) -> None:
-    _add_file_routes(app, api)
-    _add_batch_routes(app, api)
-
-
-def _add_file_routes(app: FastAPI, api: BatchApi) -> None:
     upload = describe(out.FileObject, *BODY_ERRORS, RateLimitExceeded, is_keyed=True)
     upload["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": UPLOAD_SCHEMA}}}
-
-    @app.post("/v1/files", summary="Upload a file of requests", openapi_extra=upload)
-    async def upload_file(request: Request) -> Response:
-        return await api.upload(request)
-
-    listing = describe(out.FileList, InvalidRequest, ObjectNotFound, is_keyed=True)
-
-    @app.get("/v1/files", summary="List the files", openapi_extra=listing)
-    async def list_files(request: Request) -> Response:
-        return api.list_files(request)
-
-    @app.get(
-        "/v1/files/{file_id}",
-        summary="Describe one file",
-        openapi_extra=describe(out.FileObject, ObjectNotFound, is_keyed=True),
-    )
-    async def file(request: Request, file_id: str) -> Response:
-        return api.file(request, file_id)
-
-    @app.get(
-        "/v1/files/{file_id}/content",
-        summary="The bytes of a file",
-        openapi_extra=describe(None, ObjectNotFound, is_keyed=True),
-    )
-    async def content(request: Request, file_id: str) -> Response:
-        return api.content(request, file_id)
-
-    deleted = describe(out.FileDeleted, InvalidRequest, ObjectNotFound, is_keyed=True)
-
-    @app.delete("/v1/files/{file_id}", summary="Delete a file", openapi_extra=deleted)
-    async def delete(request: Request, file_id: str) -> Response:
-        return api.delete(request, file_id)
-
-
-def _add_batch_routes(app: FastAPI, api: BatchApi) -> None:
     created = describe(out.BatchObject, *BODY_ERRORS, RateLimitExceeded, body=BatchRequest, is_keyed=True)
 
-    @app.post("/v1/batches", summary="Run a file of requests in the background", openapi_extra=created)
-    async def create(request: Request) -> Response:
-        return await api.create(request)
+    def named(answer: type[BaseModel] | None, *errors: type[PenstockError]) -> dict[str, Any]:
+        return describe(answer, *errors, ObjectNotFound, is_keyed=True)
 
-    listing = describe(out.BatchList, InvalidRequest, ObjectNotFound, is_keyed=True)
-
-    @app.get("/v1/batches", summary="List the batches", openapi_extra=listing)
-    async def list_batches(request: Request) -> Response:
-        return api.list_batches(request)
-
-    @app.get(
-        "/v1/batches/{batch_id}",
-        summary="Where a batch stands",
-        openapi_extra=describe(out.BatchObject, ObjectNotFound, is_keyed=True),
-    )
-    async def batch(request: Request, batch_id: str) -> Response:
-        return api.batch(request, batch_id)
-
-    cancelled = describe(out.BatchObject, InvalidRequest, ObjectNotFound, is_keyed=True)
-
-    @app.post("/v1/batches/{batch_id}/cancel", summary="Stop a batch", openapi_extra=cancelled)
-    async def cancel(request: Request, batch_id: str) -> Response:
-        return api.cancel(request, batch_id)
+    file, batch = "/v1/files/{file_id}", "/v1/batches/{batch_id}"
+    for method, path, handler, summary, extra in (
+        ("POST", "/v1/files", api.upload_file, "Upload a file of requests", upload),
+        ("GET", "/v1/files", api.list_files, "List the files", named(out.FileList, InvalidRequest)),
+        ("GET", file, api.file, "Describe one file", named(out.FileObject)),
+        ("GET", f"{file}/content", api.content, "The bytes of a file", named(None)),
+        ("DELETE", file, api.delete, "Delete a file", named(out.FileDeleted, InvalidRequest)),
+        ("POST", "/v1/batches", api.create, "Run a file of requests in the background", created),
+        ("GET", "/v1/batches", api.list_batches, "List the batches", named(out.BatchList, InvalidRequest)),
+        ("GET", batch, api.batch, "Where a batch stands", named(out.BatchObject)),
+        ("POST", f"{batch}/cancel", api.cancel, "Stop a batch", named(out.BatchObject, InvalidRequest)),
+    ):
+        app.add_api_route(path, handler, methods=[method], summary=summary, openapi_extra=extra)

@@ -129,9 +129,7 @@ class BatchStore:
                 hint="Cancel the batch first, or wait for it.",
                 param="file_id",
             )
-        del self.files[file.id]
-        (self._files_folder / f"{file.id}.json").unlink(missing_ok=True)
-        self.path_of(file).unlink(missing_ok=True)
+        self._forget(file)
 
     # ---- batches --------------------------------------------------------------------------------------
 
@@ -182,6 +180,11 @@ class BatchStore:
         part.write_bytes(orjson.dumps(stored(record)))
         os.replace(part, path)
 
+    def _forget(self, file: FileRecord) -> None:
+        del self.files[file.id]
+        (self._files_folder / f"{file.id}.json").unlink(missing_ok=True)
+        self.path_of(file).unlink(missing_ok=True)
+
     def _sweep(self) -> None:
         """Remove what no record names: uploads that never ended, bytes whose record was not written."""
         for path in self._files_folder.iterdir():
@@ -192,7 +195,7 @@ class BatchStore:
             path.unlink(missing_ok=True)
         for file in [each for each in self.files.values() if not self.path_of(each).exists()]:
             logger.warning("the bytes of file %s are gone; it is forgotten", file.id)
-            del self.files[file.id]
+            self._forget(file)
 
 
 def new_batch_id() -> str:

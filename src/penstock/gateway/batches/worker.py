@@ -148,9 +148,7 @@ class BatchWorker:
         file = await self._read(batch)
         with ExitStack() as stack:
             results = await asyncio.to_thread(_Results, self._store, batch, stack)
-            for line in results.left(file.lines):
-                request_id = f"{batch.id}-{line.number}"
-                results.take(LineResult(line, request_id, ended=_ENDED_EARLY[status]))
+            await asyncio.to_thread(results.end, file.lines, _ENDED_EARLY[status])
         batch.total = len(file.lines)
         self._store.keep_results(batch)
         self._enter(batch, status)
@@ -199,3 +197,8 @@ class _Results:
         else:
             self._errors.write(result.encoded())
             self._batch.failed += 1
+
+    def end(self, lines: list[JobLine], why: tuple[str, str]) -> None:
+        """Say of each line without a result why it has none."""
+        for line in self.left(lines):
+            self.take(LineResult(line, f"{self._batch.id}-{line.number}", ended=why))
