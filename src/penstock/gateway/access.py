@@ -35,7 +35,7 @@ def tenant_of(request: Request, settings: GatewaySettings) -> str:
     """Whom the request is served for: what the header says that the operator trusts, else `default`."""
     header = settings.tenant_header
     name = request.headers.get(header) if header else None
-    return "default" if name is None else _checked_name(name, header)
+    return "default" if name is None else checked_name(name, header)
 
 
 def slo_class_of(request: Request, classes: Collection[str]) -> str:
@@ -55,7 +55,7 @@ def slo_class_of(request: Request, classes: Collection[str]) -> str:
         if name in classes or name == "default":
             continue
         if header == OBJECTIVE_HEADER and not classes:
-            return _checked_name(name, header)
+            return checked_name(name, header)
         known = ", ".join(f"`{each}`" for each in sorted(classes)) or "none"
         raise InvalidRequest(
             f"The class in `{header}` is not defined here.", hint=f"Defined: {known}.", param=header
@@ -63,11 +63,10 @@ def slo_class_of(request: Request, classes: Collection[str]) -> str:
     return next(iter(given.values()), "default")
 
 
-def _checked_name(name: str, header: str) -> str:
-    if not 1 <= len(name) <= NAME_CHARS_MAX or not name.isascii() or not name.isprintable():
-        raise InvalidRequest(
-            f"`{header}` must be 1 to {NAME_CHARS_MAX} printable ASCII characters.", param=header
-        )
+def checked_name(name: str, header: str, chars_max: int = NAME_CHARS_MAX) -> str:
+    """The name that a header gives. Raises InvalidRequest."""
+    if not 1 <= len(name) <= chars_max or not name.isascii() or not name.isprintable():
+        raise InvalidRequest(f"`{header}` must be 1 to {chars_max} printable ASCII characters.", param=header)
     return name
 
 

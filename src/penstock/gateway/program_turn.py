@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from penstock.core.errors import InvalidRequest, UnsupportedParameter
+from penstock.gateway.access import checked_name
 from penstock.gateway.schema import NAME_CHARS_MAX, PIN_S_MAX, TOOL_CHARS_MAX, Generation
 
 PROGRAM_HEADER: Final = "x-penstock-program-id"
@@ -73,9 +74,7 @@ def _one(in_body: Any, in_header: Any, header: str) -> Any:
 
 def _name(headers: Mapping[str, str], header: str, chars_max: int) -> str | None:
     value = headers.get(header)
-    if value is not None and not (1 <= len(value) <= chars_max and value.isascii() and value.isprintable()):
-        raise InvalidRequest(f"`{header}` must be 1 to {chars_max} printable ASCII characters.", param=header)
-    return value
+    return None if value is None else checked_name(value, header, chars_max)
 
 
 def _boolean(headers: Mapping[str, str], header: str) -> bool | None:

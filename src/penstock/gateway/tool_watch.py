@@ -11,7 +11,7 @@ from typing import Final
 
 WINDOW_CHARS: Final = 512  # how far back a call may begin before its name
 TOOL_CHARS_MAX: Final = 64  # as OpenAI bounds function names
-_NAME: Final = r"([A-Za-z0-9_.:-]{1,64})"
+_NAME: Final = rf"([A-Za-z0-9_.:-]{{1,{TOOL_CHARS_MAX}}})"
 _CALLS: Final = re.compile(
     "|".join(
         (
