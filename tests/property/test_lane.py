@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from fake_executor import FakeExecutor, expected_output, make_replica
+from fake_executor import FakeExecutor, expected_output, make_replica, next_token
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +14,7 @@ from penstock.policies.compose import Composition
 from penstock.policies.compose.sarathi import Sarathi, SarathiOptions
 from penstock.policies.context import Context
 from penstock.policies.view import ReplicaView
+from penstock.replica.lane import STALE_MAX
 
 
 class PausingSarathi(Sarathi):
@@ -59,3 +60,18 @@ def test_pausing_changes_no_output(seed: int, kv_blocks: int, running_max: int) 
         replica.check_invariants()
     assert sorted(ended) == sorted(outputs)
     assert outputs == {request.id: expected_output(request) for request in requests}
+
+
+def test_who_stops_early_is_forgotten_early() -> None:
+    """Everybody asks for 400 tokens and stops after the first: no prompt stays in memory until clock 400."""
+    replica, executor = make_replica(kv_blocks=256, running_max=2), FakeExecutor(4)
+    for number in range(150):
+        prompt = [number, 1, 2]
+        stop = next_token(prompt)
+        replica.submit(
+            Request(f"r{number}", 3, 400, 0.0, prompt_tokens=prompt, stop_token_ids=frozenset({stop})), 0.0
+        )
+    while (plan := replica.plan(0.0)) is not None:
+        replica.complete(plan, executor.execute(plan), 0.0)
+        replica.check_invariants()
+    assert len(replica._lane._finishes) <= STALE_MAX

@@ -16,6 +16,7 @@ from penstock.core.request import Request
 from penstock.core.settings import PolicySettings, Settings
 from penstock.policies.stack import make_stack
 from penstock.replica.limits import ReplicaLimits
+from penstock.replica.pins import ENDED_MAX
 from penstock.replica.replica import Replica
 from penstock.twin.simulate import Clients, simulate
 from penstock.workloads.programs import TOOLS, ProgramShape, program_rows
@@ -148,6 +149,20 @@ def test_every_turn_gets_its_answer(script: list[Turn], stack: dict[str, object]
 @settings(max_examples=100, deadline=None)
 def test_standing_plans_change_nothing(script: list[Turn], stack: dict[str, object]) -> None:
     assert Drive(script, stack, True).events == Drive(script, stack, False).events
+
+
+def test_pins_that_are_replaced_are_forgotten() -> None:
+    """A program comes back at once, again and again, while another's pin is the next to expire."""
+    stack = {"rank": "fcfs", "preempt": "program", "compose": "sarathi", "rule": "mean"}
+    drive = Drive([], stack | {"kv_blocks": 30, "running_max": 2}, repeat=True)
+    for number in range(200):
+        turn = Turn(min(number, 1), 5, 2, 0, "ls", 50.0, False, None)
+        drive.replica.submit(drive.request(number, turn), 0.0)
+        while drive.replica.has_work:
+            drive.step(0)
+    stats = drive.replica.stats()
+    assert stats.pins == 2 and stats.pins_total["replaced"] > 150
+    assert len(drive.replica._pins._expiries) <= 2 * stats.pins + ENDED_MAX
 
 
 def simulated(

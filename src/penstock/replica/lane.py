@@ -10,10 +10,12 @@ A member's length is `clock + offset`. What happens to single members is found w
 from __future__ import annotations
 
 import heapq
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from penstock.replica.sequence import Sequence
+
+STALE_MAX: Final = 64  # stale entries that may stay in the heap, beside one a member
 
 
 class DecodeLane:
@@ -51,6 +53,7 @@ class DecodeLane:
         del self.members[sequence.seq_id]
         self._offsets -= sequence.offset
         sequence.lane = None
+        self._forget_stale()
 
     def pause(self, sequence: Sequence) -> None:
         """Leave `sequence` out of the next advance."""
@@ -60,6 +63,7 @@ class DecodeLane:
         sequence.finish_clock += 1
         self._edges[-sequence.offset % self._block_tokens][sequence.seq_id] = sequence
         heapq.heappush(self._finishes, (sequence.finish_clock, sequence.arrival_index, sequence))
+        self._forget_stale()
 
     def at_edge(self) -> dict[int, Sequence]:
         """Members whose KV ends with a full block. A window: it changes with the lane."""
@@ -102,6 +106,13 @@ class DecodeLane:
         assert self.context == sum(sequence.computed_len for sequence in self.members.values())
         live = {entry[2].seq_id for entry in self._finishes if not self._is_stale(entry)}
         assert live == set(self.members), "each member has its end in the heap"
+        assert len(self._finishes) <= 2 * len(self.members) + STALE_MAX, "who left is forgotten"
+
+    def _forget_stale(self) -> None:
+        """Most end long before their maximum; until then their entries would keep them in memory."""
+        if len(self._finishes) > 2 * len(self.members) + STALE_MAX:
+            self._finishes = [entry for entry in self._finishes if not self._is_stale(entry)]
+            heapq.heapify(self._finishes)
 
     def _is_stale(self, entry: tuple[int, int, Sequence]) -> bool:
         """Whether the member has left, or was paused since the entry was made."""

@@ -19,6 +19,7 @@ from penstock.policies.retain import Retain
 from penstock.replica.kv_pool import KVPool
 
 NEVER: Final = math.inf
+ENDED_MAX: Final = 64  # expiries of pins that are gone that may stay in the heap, beside one a pin
 _Hooks = Sequence[Callable[..., Any]]
 
 
@@ -142,6 +143,7 @@ class Pins:
         assert all(pin.is_held and key == pin.program for key, pin in self._by_program.items())
         assert self._overdue.items() <= self._by_program.items()
         assert all(pin.until_s < now_s for pin in self._overdue.values())
+        assert len(self._expiries) <= 2 * len(self._by_program) + ENDED_MAX, "what has ended is forgotten"
 
     def _end(self, pin: Pin, why: PinEvent, now_s: float) -> None:
         pin.is_held = False
@@ -153,6 +155,10 @@ class Pins:
             else:
                 self._blocks[block] -= 1
         self._pool.release(pin.blocks, len(pin.blocks), pin.request, now_s)
+        if len(self._expiries) > 2 * len(self._by_program) + ENDED_MAX:
+            # A next turn mostly comes before the time is up; until then its entry would keep the prompt
+            self._expiries = [entry for entry in self._expiries if entry[2].is_held]
+            heapq.heapify(self._expiries)
         self.counts[why] += 1
         for hook in self._on_unpinned:
             hook(pin.program, why, now_s)
