@@ -27,10 +27,12 @@ from penstock.core.request import Request, SamplingParams
 from penstock.core.settings import ReplicaSettings, Settings
 from penstock.core.step import StepPlan, StepResult
 from penstock.desk import Capacity, Desk
-from penstock.engine.threads import wait_briefly
+from penstock.engine.threads import Threads, wait_briefly
 from penstock.models.catalogue import resolve
-from penstock.policies.stack import make_stack_of, rank_class, terms_of
+from penstock.policies.lanes import Lane
+from penstock.policies.stack import lanes_split, make_stack_of, rank_class, terms_of
 from penstock.replica.journal import Journal, header
+from penstock.replica.laned import LanedReplica
 from penstock.replica.limits import ReplicaLimits, check_feasible
 from penstock.replica.messages import ReplicaStats
 from penstock.replica.replica import Replica
@@ -101,6 +103,7 @@ def serve_live(
     sizes = replace(sizes, context_len_max=min(sizes.context_len_max, most))
     assert sizes.kv_blocks <= engine.limits.kv_blocks, f"the engine has {engine.limits.kv_blocks} blocks"
     waiting = deque(spelt_out(request, seed, sizes.kv_block_tokens) for request in load.requests)
+    kind = _LanedRun if lanes_split(settings.policies) else _Run
     told = None
     with ExitStack() as stack:
         stack.enter_context(host_kv(engine, sizes.host_kv_blocks))
@@ -108,20 +111,21 @@ def serve_live(
             head = header(sizes, settings.policies, terms_of(settings))
             file = stack.enter_context(closing(LineFile(journal, head)))
             told = Journal(sizes.kv_block_tokens, seed.to_bytes(8, "big"), file.write)
-        return _Run(engine, settings, sizes, load.output_lens, told, each_step).serve(waiting)
+        return kind(engine, settings, sizes, load.output_lens, told, each_step).serve(waiting)
 
 
 @cache
 def live_engine(block_tokens: int = BLOCK_TOKENS) -> Engine:
     """The embedded model on every core. Loaded once, and warm."""
     wait_briefly()  # before torch is loaded
-    from penstock.engine.build import Stages, build_engine
+    from penstock.engine.build import Stages, build_engine, choose_threads
     from penstock.engine.worker import warm_up
 
     sizes = ReplicaSettings(device="cpu", kv_memory=KV_MEMORY, kv_block_tokens=block_tokens)
     settings = Settings(replica=sizes)
     source = resolve(MODEL)
-    engine = build_engine(settings, source, source.name, Stages())
+    threads = Threads(choose_threads(0), are_shared=True)  # so that lanes may use it too
+    engine = build_engine(settings, source, source.name, Stages(), threads)
     for _ in range(3):
         warm_up(engine, settings)
     return engine
@@ -209,7 +213,7 @@ class _Run:
             takes_queue=rank_class(settings.policies.rank).reorders,
         )
         self._executor = engine.executor
-        self._replica = Replica(sizes, make_stack_of(settings))
+        self._replica = self._make_replica(sizes, settings)
         self._desk = Desk(settings.desk, capacity)
         self._output_lens = output_lens
         self._journal = journal
@@ -219,25 +223,35 @@ class _Run:
         self._step_s: list[float] = []
         self._step_rows: list[int] = []
         self._began_s = 0.0
+        self._is_idle = False
+
+    def _make_replica(self, sizes: ReplicaLimits, settings: Settings) -> Replica:
+        return Replica(sizes, make_stack_of(settings))
 
     def serve(self, coming: deque[Request]) -> LiveServed:
-        count, is_idle = len(coming), False
+        count = len(coming)
         self._began_s = time.perf_counter()
         while len(self._outcomes) < count:
             self._arrive(coming)
-            now_s = self._now_s()
-            plan = self._replica.plan(now_s)
-            if self._journal is not None and not (plan is None and is_idle):
-                self._journal.planned(plan, now_s)
-            is_idle = plan is None
-            if plan is not None:
-                self._step(plan)
-            elif coming:
-                time.sleep(max(0.0, min(IDLE_S, coming[0].arrival_s - now_s)))
+            self._turn(coming[0].arrival_s - self._now_s() if coming else IDLE_S)
         self._executor.reset()
         self._replica.check_invariants()
         tokens = {request_id: life.tokens for request_id, life in self._lives.items()}
         return LiveServed(self._outcomes, tokens, self._step_s, self._step_rows, self._replica.stats())
+
+    def _turn(self, idle_s: float) -> None:
+        """A step; or a short wait where there is none to make, for at most so long."""
+        now_s = self._now_s()
+        plan = self._replica.plan(now_s)
+        if self._journal is not None and not (plan is None and self._is_idle):
+            self._journal.planned(plan, now_s)
+        self._is_idle = plan is None
+        if plan is None:
+            time.sleep(max(0.0, min(IDLE_S, idle_s)))
+            return
+        result = self._executor.execute(plan)
+        now_s = self._now_s()
+        self._account(plan, result, self._replica.complete(plan, result, now_s), now_s)
 
     def _now_s(self) -> float:
         return time.perf_counter() - self._began_s
@@ -254,12 +268,16 @@ class _Run:
             if self._journal is not None:
                 self._journal.submitted(request, now_s)
 
-    def _step(self, plan: StepPlan) -> None:
-        result = self._executor.execute(plan)
-        now_s = self._now_s()
-        events = self._replica.complete(plan, result, now_s)
+    def _account(
+        self,
+        plan: StepPlan,
+        result: StepResult,
+        events: Sequence[ReplicaEvent],
+        now_s: float,
+        lane: Lane | None = None,
+    ) -> None:
         if self._journal is not None:
-            self._journal.completed(result, events, now_s)
+            self._journal.completed(result, events, now_s, lane)
         self._step_s.append(result.duration_s)
         self._step_rows.append(plan.token_count)
         for event in events:
@@ -286,3 +304,38 @@ class _Run:
         if self._journal is not None:
             self._journal.cancelled(request_id, CancelReason.STOP_STRING.value, now_s)
         self._take(finished)
+
+
+class _LanedRun(_Run):
+    """The same with two lanes: a turn accounts what has ended, and lets idle lanes begin."""
+
+    def _make_replica(self, sizes: ReplicaLimits, settings: Settings) -> Replica:
+        self._laned = LanedReplica(sizes, make_stack_of(settings))
+        return self._laned
+
+    def serve(self, coming: deque[Request]) -> LiveServed:
+        from penstock.engine.lanes import EngineLanes
+
+        self._lanes = EngineLanes(self._executor)
+        try:
+            return super().serve(coming)
+        finally:
+            self._lanes.close()
+
+    def _turn(self, idle_s: float) -> None:
+        laned = self._laned
+        for lane in laned.plan_order:
+            if lane not in laned.in_progress:
+                now_s = self._now_s()
+                step = laned.plan_lane(lane, now_s)
+                if self._journal is not None:
+                    self._journal.planned(None if step is None else step.plan, now_s, lane)
+                if step is not None:
+                    self._lanes.begin(step)
+        self._lanes.wait(None, max(0.0, min(IDLE_S, idle_s)))
+        for ended in self._lanes.take():
+            if isinstance(ended.outcome, Exception):
+                raise ended.outcome
+            now_s, step = self._now_s(), ended.step
+            events = laned.complete_lane(step, ended.outcome, now_s)
+            self._account(step.plan, ended.outcome, events, now_s, step.lane)

@@ -91,21 +91,19 @@ def check_servable(settings: Settings) -> None:
     if not lanes_split(settings.policies):
         return
     alone = "it is about steps that have the machine to themselves"
+    copies = settings.replica.host_kv_memory.strip() != "0"
     reasons = (
-        ("replica.device", settings.replica.device == "cuda", "the engine shares out CPU cores, not a GPU"),
-        (
-            "replica.host_kv_memory",
-            settings.replica.host_kv_memory.strip() != "0",
-            "no lane waits for copies",
-        ),
-        ("record.steps", bool(settings.record.steps), alone),
-        ("twin.profile", bool(settings.twin.profile), alone),
+        ("replica.device", settings.replica.device == "cuda", "lanes share CPU cores, not a GPU", "cpu"),
+        ("replica.host_kv_memory", copies, "no lane waits for copies", "0"),
+        ("record.steps", bool(settings.record.steps), alone, ""),
+        ("twin.profile", bool(settings.twin.profile), alone, ""),
     )
-    for name, is_set, why in reasons:
+    for name, is_set, why, other in reasons:
         if is_set:
+            instead = f"Set `{name}` to `{other}`" if other else f"Leave `{name}` out"
             raise ConfigError(
                 f"`{name}` does not go with `lanes = {settings.policies.lanes}`: {why}.",
-                hint=f"Leave `{name}` at its default, or set `policies.lanes` to `none`.",
+                hint=f"{instead}, or set `policies.lanes` to `none`.",
                 param=name,
             )
 

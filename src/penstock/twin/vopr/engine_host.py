@@ -1,4 +1,4 @@
-"""The engine process in virtual time: the loop of `engine/worker.py`, step by step, with faults.
+"""The engine process in virtual time: the loop of `engine/loop.py`, step by step, with faults.
 
 obey(command) ─► inbox ─► drain ─► begin: plan, execute ······ complete: events, or recovery ─► events
 """
