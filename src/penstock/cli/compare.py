@@ -30,6 +30,7 @@ from penstock.cli.machine import (
     TpotOption,
     TtftOption,
     WarmupOption,
+    trace_notes,
 )
 from penstock.cli.settings import ConfigOption, read_settings
 from penstock.cli.trace import (
@@ -279,21 +280,13 @@ def _compared(
         print(f"{run.stack} at {run.rate:.3g}x: {attained:.0%} within the SLO", file=sys.stderr)
 
     runs = sweep(bench, [each for each in contenders if not each.is_hopeless(bench.slos)], rates, tell)
-    notes = [f"modelled: each step's time has an error of about ±{machine.cost.relative_error:.0%}"]
-    if facts.never_fit:
-        notes.append(
-            f"{facts.never_fit} of {facts.rows} requests can never run here, and were refused. The first: "
-            + facts.never_fit_reason
-        )
-    if facts.failed:
-        notes.append(f"{facts.failed} requests that failed in the trace were left out")
     return Comparison(
         title=str(configuration["trace"]),
         stacks=contenders,
         runs=runs,
         slos=bench.slos,
         configuration=configuration,
-        notes=notes + notes_of(contenders, runs),
+        notes=[*trace_notes(machine, facts), *notes_of(contenders, runs)],
     )
 
 

@@ -1,10 +1,14 @@
-"""Options that several commands of the twin share, and what they make of them."""
+"""Options and notes that `replay` and the commands of the twin share."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from penstock.twin.build import Machine
+    from penstock.twin.feasible import TraceFacts
 
 MACHINE, LOAD, SLO, OUTPUT = "Machine", "Load", "SLO (0 turns a target off)", "Output"
 
@@ -58,7 +62,10 @@ AskedOption = Annotated[
     ),
 ]
 WarmupOption = Annotated[
-    float, typer.Option("--warmup-s", min=0, help="Leave the first seconds out.", rich_help_panel=LOAD)
+    float,
+    typer.Option(
+        "--warmup-s", min=0, help="Leave the first seconds out of the report.", rich_help_panel=LOAD
+    ),
 ]
 PromptMaxOption = Annotated[
     int | None, typer.Option("--max-prompt-tokens", min=1, help="Cut longer prompts.", rich_help_panel=LOAD)
@@ -69,3 +76,21 @@ OutputMaxOption = Annotated[
 TtftOption = Annotated[float, typer.Option("--slo-ttft-ms", min=0, rich_help_panel=SLO)]
 TpotOption = Annotated[float, typer.Option("--slo-tpot-ms", min=0, rich_help_panel=SLO)]
 E2eOption = Annotated[float, typer.Option("--slo-e2e-ms", min=0, rich_help_panel=SLO)]
+
+
+def trace_notes(machine: Machine, facts: TraceFacts, steps_out_of_range: int = 0) -> list[str]:
+    """What to know before believing the numbers."""
+    notes = [f"modelled: each step's time has an error of about ±{machine.cost.relative_error:.0%}"]
+    if steps_out_of_range:
+        notes.append(
+            f"{steps_out_of_range} times a step went beyond what the profile was calibrated on: "
+            "less sure than stated"
+        )
+    if facts.never_fit:
+        notes.append(
+            f"{facts.never_fit} of {facts.rows} requests can never run here, and were refused. The first: "
+            + facts.never_fit_reason
+        )
+    if facts.failed:
+        notes.append(f"{facts.failed} requests that failed in the trace were left out")
+    return notes

@@ -14,6 +14,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from penstock.cli.machine import (
+    LOAD,
+    OUTPUT,
+    ClosedLoopOption,
+    E2eOption,
+    OutputMaxOption,
+    PromptMaxOption,
+    TpotOption,
+    TtftOption,
+    WarmupOption,
+)
 from penstock.cli.trace import (
     DivisorOption,
     FormatOption,
@@ -49,7 +60,7 @@ _EPILOG = """Examples:
     penstock replay sample:burstgpt3 --closed-loop --time-scale 60 --out report --fail-on-loss
 """
 
-_LOAD, _SERVER, _LENGTHS, _SLO, _OUTPUT = "Load", "Server", "Lengths", "SLO (0 turns a target off)", "Output"
+_SERVER = "Server"
 
 
 def register(app: typer.Typer) -> None:
@@ -102,46 +113,29 @@ def replay(
     limit: LimitOption = None,
     rate_scale: RateScaleOption = 1.0,
     time_scale: TimeScaleOption = 1.0,
-    warmup_s: Annotated[
-        float, typer.Option(min=0, help="Leave the first seconds out of the report.", rich_help_panel=_LOAD)
-    ] = 0.0,
-    closed_loop: Annotated[
-        bool,
-        typer.Option(
-            "--closed-loop",
-            help="A session's next turn waits for answer + think time.",
-            rich_help_panel=_LOAD,
-        ),
-    ] = False,
+    warmup_s: WarmupOption = 0.0,
+    closed_loop: ClosedLoopOption = False,
     concurrency_max: Annotated[
-        int, typer.Option(min=1, max=65536, help="Most requests in flight.", rich_help_panel=_LOAD)
+        int, typer.Option(min=1, max=65536, help="Most requests in flight.", rich_help_panel=LOAD)
     ] = 4096,
-    seed: Annotated[int, typer.Option(help="Seed of the prompts' contents.", rich_help_panel=_LOAD)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts' contents.", rich_help_panel=LOAD)] = 0,
     length_divisor: DivisorOption = 1.0,
-    max_prompt_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Cut longer prompts.", rich_help_panel=_LENGTHS)
-    ] = None,
-    max_output_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Cut longer outputs.", rich_help_panel=_LENGTHS)
-    ] = None,
-    slo_ttft_ms: Annotated[float, typer.Option(min=0, rich_help_panel=_SLO)] = 1000.0,
-    slo_tpot_ms: Annotated[float, typer.Option(min=0, rich_help_panel=_SLO)] = 100.0,
-    slo_e2e_ms: Annotated[float, typer.Option(min=0, rich_help_panel=_SLO)] = 0.0,
+    max_prompt_tokens: PromptMaxOption = None,
+    max_output_tokens: OutputMaxOption = None,
+    slo_ttft_ms: TtftOption = 1000.0,
+    slo_tpot_ms: TpotOption = 100.0,
+    slo_e2e_ms: E2eOption = 0.0,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for report.html, report.json and requests.jsonl.", rich_help_panel=_OUTPUT),
+        typer.Option(help="Folder for report.html, report.json and requests.jsonl.", rich_help_panel=OUTPUT),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the report as JSON.", rich_help_panel=_OUTPUT)
+        bool, typer.Option("--json", help="Print the report as JSON.", rich_help_panel=OUTPUT)
     ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", help="No live progress.", rich_help_panel=_OUTPUT)
-    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No live progress.", rich_help_panel=OUTPUT)] = False,
     fail_on_loss: Annotated[
         bool,
-        typer.Option(
-            "--fail-on-loss", help="Exit with 1 when any request was lost.", rich_help_panel=_OUTPUT
-        ),
+        typer.Option("--fail-on-loss", help="Exit with 1 when any request was lost.", rich_help_panel=OUTPUT),
     ] = False,
 ) -> None:
     from penstock.core.metrics import Slo

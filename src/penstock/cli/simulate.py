@@ -27,6 +27,7 @@ from penstock.cli.machine import (
     TpotOption,
     TtftOption,
     WarmupOption,
+    trace_notes,
 )
 from penstock.cli.settings import ConfigOption, read_settings
 from penstock.cli.trace import (
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from penstock.core.metrics import RequestOutcome, Slo
     from penstock.core.settings import Settings
     from penstock.twin.build import Machine
-    from penstock.twin.feasible import TraceFacts
     from penstock.twin.replica import TwinReplica
     from penstock.twin.simulate import Clients
     from penstock.workloads.report import Report
@@ -162,28 +162,11 @@ def simulate(
         replicas=replicas,
         clients=clients,
     )
-    notes = [*hopeless, *notes_of(machine, fleet, facts)]
+    out_of_range = sum(twin.executor.steps_out_of_range for twin in fleet)
+    notes = [*hopeless, *trace_notes(machine, facts, out_of_range)]
     report = _report(rows.name, _configuration(rows, shape, settings, machine, fleet, clients), fleet,
                      outcomes, slos, warmup_s, notes, machine.power_status)  # fmt: skip
     _show(report, outcomes, out, as_json)
-
-
-def notes_of(machine: Machine, fleet: Sequence[TwinReplica], facts: TraceFacts) -> list[str]:
-    """What to know before believing the numbers."""
-    notes = [f"modelled: each step's time has an error of about ±{machine.cost.relative_error:.0%}"]
-    beyond = sum(twin.executor.steps_out_of_range for twin in fleet)
-    if beyond:
-        notes.append(
-            f"{beyond} times a step went beyond what the profile was calibrated on: less sure than stated"
-        )
-    if facts.never_fit:
-        notes.append(
-            f"{facts.never_fit} of {facts.rows} requests can never run here, and were refused. The first: "
-            + facts.never_fit_reason
-        )
-    if facts.failed:
-        notes.append(f"{facts.failed} requests that failed in the trace were left out")
-    return notes
 
 
 def _configuration(
@@ -194,7 +177,6 @@ def _configuration(
     fleet: Sequence[TwinReplica],
     clients: Clients,
 ) -> dict[str, Any]:
-
     limits = fleet[0].replica.limits
     return {
         "trace": trace.name,
@@ -230,7 +212,6 @@ def _report(
 
     joules = sum(twin.executor.busy_joules for twin in fleet)  # 0 where the profile knows no power
     busy_s = sum(twin.executor.busy_s for twin in fleet)
-
     return Report.build(
         ReportInput(
             kind="simulate",
