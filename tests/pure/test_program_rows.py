@@ -86,3 +86,6 @@ def test_a_live_replay_tells_of_tools_and_last_turns() -> None:
     told, told_last = (_headers_of(PlannedRequest(0, each, 0.0, b"")) for each in (row, last))
     assert told["x-penstock-tool"] == "shell" and "x-penstock-last-step" not in told
     assert told_last["x-penstock-last-step"] == "true" and "x-penstock-tool" not in told_last
+    for odd in (" shell", "shell ", "x" * 127 + " y", "\u00e9"):
+        headers = _headers_of(PlannedRequest(0, replace(row, tool=odd), 0.0, b""))
+        assert "x-penstock-tool" not in headers, "no client sends such a header"

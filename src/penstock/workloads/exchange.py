@@ -19,6 +19,7 @@ from penstock.workloads.trace import TraceRow
 
 ERROR_BODY_BYTES_MAX = 1 << 16
 ERROR_CODE_CHARS_MAX = 48
+TOOL_CHARS_MAX = 128  # that a server of ours takes
 _REFUSALS = frozenset({*range(400, 500), 503})  # the server said no; other statuses are failures
 
 
@@ -230,13 +231,19 @@ def _headers_of(planned: PlannedRequest) -> dict[str, str]:
         ("x-gateway-inference-fairness-id", planned.row.tenant),
         ("x-gateway-inference-objective", planned.row.slo_class),
     ):
-        if name != "default" and name.isascii() and name.strip() == name:  # what a header can carry
+        if name != "default" and _fits_header(name):
             headers[header] = name
-    if planned.row.tool is not None and planned.row.tool.isascii():
-        headers["x-penstock-tool"] = planned.row.tool[:128]
+    tool = planned.row.tool
+    if tool is not None and _fits_header(tool[:TOOL_CHARS_MAX]):
+        headers["x-penstock-tool"] = tool[:TOOL_CHARS_MAX]
     if planned.row.is_last_turn:
         headers["x-penstock-last-step"] = "true"
     return headers
+
+
+def _fits_header(name: str) -> bool:
+    """Of a name without control characters."""
+    return name.isascii() and name.strip() == name
 
 
 def _finish_of(reading: StreamReading, refused: bool) -> FinishReason:
