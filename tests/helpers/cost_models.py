@@ -1,8 +1,9 @@
-"""Models and hardware small enough to check a cost by hand."""
+"""Models and hardware small enough to check a cost by hand, and a cost that is plain."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from penstock.twin.costs.hardware import EngineProfile, HardwareProfile, load_hardware
 from penstock.twin.costs.operators import (
@@ -14,6 +15,7 @@ from penstock.twin.costs.operators import (
 )
 from penstock.twin.costs.roofline import RooflineCostModel
 from penstock.twin.costs.spec import ModelSpec, Parallel, Precision
+from penstock.twin.costs.work import StepCost, StepWork
 
 EXACT = FitError(0.0, 0.0, 0)
 
@@ -79,3 +81,24 @@ def model_on(
     if precision is not None:
         spec = dataclasses.replace(spec, precision=precision)
     return RooflineCostModel(spec, hardware, engine, parallel)
+
+
+class PlainCost:
+    """A constant, and so much for every prompt token, decode, and token of context."""
+
+    relative_error = 0.0
+
+    def seconds(self, work: StepWork) -> float:
+        fixed = 0.004 + 0.0001 * work.decodes
+        return (
+            fixed
+            + 1e-6 * work.decode_context
+            + sum(5e-5 * new + 1e-8 * new * end for new, end in work.prefills)
+        )
+
+    def decode_seconds(self, decodes: int, decode_context: int, steps: int) -> Sequence[float]:
+        works = (StepWork((), decodes, decode_context + i * decodes, decodes) for i in range(steps))
+        return [self.seconds(work) for work in works]
+
+    def step(self, work: StepWork) -> StepCost:
+        return StepCost(self.seconds(work), "overhead", 0.0, 0.0, 0.0, True)

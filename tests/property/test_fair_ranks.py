@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from cost_models import PlainCost
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +13,6 @@ from penstock.core.metrics import RequestOutcome, Slo
 from penstock.core.request import Request
 from penstock.core.settings import PolicySettings, Settings, TenantSettings
 from penstock.replica.limits import ReplicaLimits
-from penstock.twin.costs.work import StepCost, StepWork
 from penstock.twin.replica import PathCosts, TwinReplica
 
 RANKS = ["priority", "edf", "shortest-predicted", "vtc", "uwfq", "jitserve", "fastswitch"]
@@ -28,24 +27,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fastswitch": {"interval_steps": 5},
     "priority": {"boost_tokens": 5, "step_max": 2, "request_max": 3},
 }
-
-
-class PlainCost:
-    """A constant, and so much for every prompt token, decode, and token of context."""
-
-    relative_error = 0.0
-
-    def seconds(self, work: StepWork) -> float:
-        return (
-            0.004 + 1e-4 * work.decodes + 1e-6 * work.decode_context + 5e-5 * sum(n for n, _ in work.prefills)
-        )
-
-    def decode_seconds(self, decodes: int, decode_context: int, steps: int) -> Sequence[float]:
-        works = (StepWork((), decodes, decode_context + i * decodes, decodes) for i in range(steps))
-        return [self.seconds(work) for work in works]
-
-    def step(self, work: StepWork) -> StepCost:
-        return StepCost(self.seconds(work), "overhead", 0.0, 0.0, 0.0, True)
 
 
 @st.composite

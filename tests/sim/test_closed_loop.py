@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from cost_models import PlainCost
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_twin import LIMITS, PlainCost
+from test_twin import LIMITS
 
 from penstock.core.errors import TraceError
 from penstock.core.metrics import RequestOutcome

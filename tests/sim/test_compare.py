@@ -9,10 +9,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from cost_models import PlainCost
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from test_twin import LIMITS, PlainCost
+from test_twin import LIMITS
 from typer.testing import CliRunner
 
 from penstock.cli.compare import parse_rates

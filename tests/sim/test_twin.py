@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
+from cost_models import PlainCost
 from fake_executor import FakeExecutor, expected_output, make_replica
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,28 +24,6 @@ from penstock.twin.executor import ModelledExecutor
 from penstock.twin.replica import PathCosts, TwinReplica
 from penstock.twin.simulate import simulate
 from penstock.workloads.trace import TraceRow
-
-
-class PlainCost:
-    """A constant, and so much for every prompt token, decode, and token of context."""
-
-    relative_error = 0.0
-
-    def seconds(self, work: StepWork) -> float:
-        fixed = 0.004 + 0.0001 * work.decodes
-        return (
-            fixed
-            + 1e-6 * work.decode_context
-            + sum(5e-5 * new + 1e-8 * new * end for new, end in work.prefills)
-        )
-
-    def decode_seconds(self, decodes: int, decode_context: int, steps: int) -> Sequence[float]:
-        works = (StepWork((), decodes, decode_context + i * decodes, decodes) for i in range(steps))
-        return [self.seconds(work) for work in works]
-
-    def step(self, work: StepWork) -> StepCost:
-        return StepCost(self.seconds(work), "overhead", 0.0, 0.0, 0.0, True)
-
 
 LIMITS = ReplicaLimits(
     kv_blocks=40, kv_block_tokens=4, running_max=6, step_tokens_max=16, context_len_max=150, repeat=True
