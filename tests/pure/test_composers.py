@@ -311,6 +311,14 @@ def test_whole_prompts_fill_a_step_to_the_last_token(name: str, decodes_go_along
     assert compose.compose(view, 0.0).decode and compose.prefill_room(view, 0.0) == 32
 
 
+@pytest.mark.parametrize("name", ["sarathi", "memory-centric", "splitfuse", "dense-fixed"])
+def test_pieces_are_what_decodes_leave(name: str) -> None:
+    prompts = [Prompt(20, computed_len=4), Prompt(9), Prompt(30, computed_len=10), Prompt(5)]
+    for step_tokens, counts in ((32, [16, 9, 4]), (28, [16, 9]), (3, []), (2, [])):
+        composition = COMPOSE.make(name).compose(View(prompts, 3, step_tokens), 0.0)
+        assert [share.count for share in composition.shares] == counts
+
+
 def test_stages_leave_room_for_prompts_that_begin() -> None:
     """In its second stage a prompt may fill the pass up to 64 of 96, decodes included; 32 are left."""
     sarathi = COMPOSE.make("sarathi", options={"stages": 3, "low_tokens": 32, "span_tokens": 600})

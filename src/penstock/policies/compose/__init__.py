@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from penstock.policies.base import Policy
@@ -25,6 +26,20 @@ class Composition:
     shares: list[Share] = field(default_factory=list)
     decode: bool = True
     paused: list[SequenceView] = field(default_factory=list)
+
+
+def pieces(prompts: Sequence[SequenceView], left: int) -> list[Share]:
+    """Shares of `left` tokens in all, in order: whole prompts, and a piece of the last."""
+    shares = []
+    for sequence in prompts:
+        if left <= 0:
+            break
+        count = sequence.total_len - sequence.computed_len
+        if count > left:
+            count = left
+        left -= count
+        shares.append(Share(sequence, count))
+    return shares
 
 
 class Compose(Policy):

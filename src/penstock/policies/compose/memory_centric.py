@@ -10,7 +10,7 @@ from itertools import chain
 import numpy as np
 
 from penstock.core.settings import setting
-from penstock.policies.compose import COMPOSE, Compose, Composition, Share
+from penstock.policies.compose import COMPOSE, Compose, Composition, pieces
 from penstock.policies.context import Context
 from penstock.policies.estimate.groups import GroupKey, group_key
 from penstock.policies.estimate.lengths import LengthBelief
@@ -87,15 +87,7 @@ class MemoryCentric(Compose):
         return room if view.running_count else max(1, room)  # alone, anybody may start
 
     def compose(self, view: ReplicaView, now_s: float) -> Composition:
-        left = view.step_tokens_max - view.decoding_count
-        shares = []
-        for sequence in view.prefilling:
-            if left <= 0:
-                break
-            count = min(sequence.total_len - sequence.computed_len, left)
-            left -= count
-            shares.append(Share(sequence, count))
-        return Composition(shares)
+        return Composition(pieces(view.prefilling, view.step_tokens_max - view.decoding_count))
 
     def started(self, sequence: SequenceView, now_s: float) -> None:
         self._peak = None

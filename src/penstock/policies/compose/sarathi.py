@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from penstock.core.settings import setting
 from penstock.core.units import ceil_div
-from penstock.policies.compose import COMPOSE, Compose, Composition, Share
+from penstock.policies.compose import COMPOSE, Compose, Composition, Share, pieces
 from penstock.policies.context import Context
 from penstock.policies.view import ReplicaView, SequenceView
 
@@ -68,18 +68,17 @@ class Sarathi(Compose):
         return Composition(self._shares(view))
 
     def _shares(self, view: ReplicaView) -> list[Share]:
-        budget, is_staged = self._budget(view), self._options.stages > 1
-        used = view.decoding_count
+        budget, used = self._budget(view), view.decoding_count
+        if self._options.stages == 1:
+            return pieces(view.prefilling, budget - used)
         shares = []
         for sequence in view.prefilling:
-            left = (self._budget_of(sequence) if is_staged else budget) - used
+            left = self._budget_of(sequence) - used
             if left <= 0:
                 if used >= budget:
                     break
                 continue
-            count = sequence.total_len - sequence.computed_len
-            if count > left:
-                count = left
+            count = min(sequence.total_len - sequence.computed_len, left)
             used += count
             shares.append(Share(sequence, count))
         return shares
