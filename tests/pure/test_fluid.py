@@ -134,6 +134,14 @@ def test_the_fluid_serves_all_that_is_there(rows: list[tuple[int, str, int]]) ->
     assert not fluid.active
 
 
+def test_several_jobs_end_within_one_look() -> None:
+    """30 of work ends the first of three, 20 more the second; the other 50 are the last one's alone."""
+    fluid = Fluid(weight_of)
+    jobs = [fluid.arrive("a", size) for size in (10.0, 20.0, 90.0)]
+    fluid.advance(100.0)
+    assert [left_of(fluid, job) for job in jobs] == [0.0, 0.0, pytest.approx(20.0)]
+
+
 def test_pieces_get_no_more_service_than_the_whole() -> None:
     def end_after(pieces: int) -> float:
         fluid = Fluid(weight_of)
