@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from fake_executor import FakeExecutor, expected_output, make_replica
+from one_server import Standing
 
 from penstock.core.events import Admitted, Finished, TokenOut
 from penstock.core.reasons import CancelReason
 from penstock.core.request import Request
+from penstock.policies.compose import COMPOSE
 from penstock.policies.compose.memory_centric import _peak_tokens, _Running
 from penstock.policies.context import Context
 from penstock.policies.estimate.groups import Groups
@@ -331,3 +335,42 @@ def test_a_long_prefill_of_the_batch_does_not_block_an_online_request() -> None:
     assert "chat" in drive.admitted
     drive.run()
     assert drive.ended == ["chat", "bulk"]
+
+
+# ---- room by memory, on views made by hand ----------------------------------------------------------------
+
+
+def room_view(*prefilling: Standing, waiting: list[Standing], **fields: int) -> Any:
+    """Ten blocks of four tokens, a step of eight, one decode."""
+    sizes = {"decoding_count": 1, "step_tokens_max": 8, "block_count": 10, "block_tokens": 4} | fields
+    return SimpleNamespace(
+        prefilling=list(prefilling),
+        waiting=waiting,
+        running_count=len(prefilling) + sizes["decoding_count"],
+        ranks_before=lambda one, other: one.arrival_index < other.arrival_index,
+        **sizes,
+    )
+
+
+def standing(index: int, prompt_len: int, output: int = 12, **fields: int) -> Standing:
+    return Standing(Request(f"r{index}", prompt_len, output, 0.0), index, **fields)
+
+
+def test_who_waits_starts_only_beside_what_the_running_will_grow_to() -> None:
+    """Of 38 tokens (the limit, less half a block) the decode takes 20 at its end; a head of 8 + 12 + 2 does
+    not fit the 18 that are left, one of 8 + 8 + 2 does."""
+    compose = COMPOSE.make("memory-centric", options={"kv_frac": 1.0})
+    compose.started(standing(0, 8, output_len=1, is_decoding=True), 0.0)
+    assert compose.prefill_room(room_view(waiting=[standing(1, 8)]), 0.0) == 0
+    assert compose.prefill_room(room_view(waiting=[standing(1, 8, output=8)]), 0.0) == 7
+    assert compose.prefill_room(room_view(waiting=[standing(1, 8)], block_count=11), 0.0) == 7
+    assert compose.prefill_room(room_view(waiting=[standing(1, 5)], block_count=11), 0.0) == 5
+
+
+def test_room_is_what_better_ranked_prompts_leave() -> None:
+    compose = COMPOSE.make("memory-centric")
+    ahead, behind = standing(0, 20, computed_len=16), standing(9, 20)
+    view = room_view(ahead, behind, waiting=[standing(1, 30)], block_count=1000)
+    assert compose.prefill_room(view, 0.0) == 3
+    view.waiting = []
+    assert compose.prefill_room(view, 0.0) == 0, "all that run go first when nobody waits"
