@@ -117,6 +117,14 @@ def test_the_calibration_load_shows_every_side_within_the_limits() -> None:
     assert phases(limits) == found != phases(limits, seed=1)
 
 
+@pytest.mark.parametrize("context_len", [2, 3, 10, 64, 97, 100, 191])
+def test_the_calibration_load_fits_a_small_context(context_len: int) -> None:
+    limits = ReplicaLimits(400, 16, 4, 512, context_len)
+    rows = [row for phase in phases(limits) for row in phase.rows]
+    assert all(row.prompt_tokens >= 1 and row.output_tokens >= 1 for row in rows)
+    assert all(row.prompt_tokens + row.output_tokens <= context_len for row in rows)
+
+
 def test_more_work_never_costs_less() -> None:
     model = fit_steps(drawn_steps(6, 300, noise=0.2))
     for rows in range(1, 200):

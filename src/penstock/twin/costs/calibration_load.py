@@ -27,12 +27,13 @@ class Phase:
 def phases(limits: ReplicaLimits, seed: int = 0) -> list[Phase]:
     """A few minutes on a small machine. Prompts are spread evenly over the orders of magnitude. Pure."""
     draw = random.Random(f"calibration/{seed}")
-    longest = min(PROMPT_TOKENS_MAX, limits.context_len_max - OUTPUT_TOKENS[1], _kv_share(limits))
-    lone = Phase(1, [_row(draw, longest, (1, 3)) for _ in range(LONE_REQUESTS)])
+    least, most = (min(tokens, max(1, limits.context_len_max // 2)) for tokens in OUTPUT_TOKENS)
+    longest = max(1, min(PROMPT_TOKENS_MAX, limits.context_len_max - most, _kv_share(limits)))
+    lone = Phase(1, [_row(draw, longest, (1, min(3, most))) for _ in range(LONE_REQUESTS)])
     counts = [clients for clients in CLIENTS if clients <= limits.running_max]
     return [
         lone,
-        *(Phase(n, [_row(draw, longest, OUTPUT_TOKENS) for _ in range(2 * n + 4)]) for n in counts),
+        *(Phase(n, [_row(draw, longest, (least, most)) for _ in range(2 * n + 4)]) for n in counts),
     ]
 
 
@@ -42,5 +43,6 @@ def _kv_share(limits: ReplicaLimits) -> int:
 
 
 def _row(draw: random.Random, longest: int, output_tokens: tuple[int, int]) -> TraceRow:
-    prompt = PROMPT_TOKENS_MIN * (longest / PROMPT_TOKENS_MIN) ** draw.random()
-    return TraceRow(0.0, max(1, round(prompt)), draw.randint(*output_tokens))
+    shortest = min(PROMPT_TOKENS_MIN, longest)
+    prompt = shortest * (longest / shortest) ** draw.random()
+    return TraceRow(0.0, round(prompt), draw.randint(*output_tokens))
