@@ -15,6 +15,7 @@ from penstock.cli import batch
 from penstock.core.errors import ConfigError, EnvironmentMissing, InvalidRequest
 from penstock.core.settings import Settings
 from penstock.gateway.batches.lines import JobFile, LineResult
+from penstock.gateway.batches.summary import summarised
 
 URL = "http://server.test"
 
@@ -169,3 +170,18 @@ def test_a_file_of_no_requests_is_told_before_it_is_sent(
     with pytest.raises(InvalidRequest, match=message):
         batch.batch(path, url=URL)
     assert not server.calls
+
+
+def test_the_summary_says_why_the_first_request_failed() -> None:
+    usage = {"prompt_tokens": 5, "completion_tokens": 2}
+    good = {"status_code": 200, "request_id": "r", "body": {"usage": usage}}
+    bad = {"status_code": 400, "request_id": "r", "body": {"error": {"message": "`n` is 0."}}}
+    ended = {"code": "batch_expired", "message": "The window was over."}
+    answered = {"custom_id": "a", "response": good, "error": None}
+    refused = {"custom_id": "b", "response": bad, "error": None}
+    never_run = {"custom_id": "c", "response": None, "error": ended}
+    assert summarised([answered], None, 1.0).first_failure is None
+    found = summarised([answered, refused, never_run], None, 1.0)
+    assert (found.answered, found.failed, found.output_tokens) == (1, 2, 2)
+    assert found.first_failure == "b: `n` is 0."
+    assert summarised([never_run], None, 1.0).first_failure == "c: The window was over."

@@ -241,6 +241,8 @@ def _show(summary: Summary, target: Path, as_json: bool) -> None:
     if summary.planned_saved_tokens is not None:
         planned = f" (planned {summary.planned_saved_tokens:,}, in {summary.groups} groups)"
     print(f"answered  {summary.answered} of {summary.requests} requests, {summary.failed} failed")
+    if summary.first_failure is not None:
+        print(f"          the first: {summary.first_failure}")
     print(
         f"prompts   {summary.prompt_tokens:,} tokens, of which {summary.saved_tokens:,} "
         f"({facts['saved_frac']:.1%}) were not computed again{planned}"

@@ -24,6 +24,7 @@ class Summary:
     planned_saved_tokens: int | None
     output_tokens: int
     seconds: float
+    first_failure: str | None  # its `custom_id` and the error's words
 
     @property
     def json(self) -> JSON:
@@ -37,9 +38,7 @@ class Summary:
 
 def summarised(rows: Sequence[JSON], plan: JobPlan | None, seconds: float) -> Summary:
     """From the result lines; tokens are those of answered requests."""
-    bodies = [
-        row["response"]["body"] for row in rows if row["response"] and row["response"]["status_code"] == 200
-    ]
+    bodies = [row["response"]["body"] for row in rows if _is_answered(row)]
     usages = [body["usage"] for body in bodies]
     return Summary(
         requests=len(rows),
@@ -53,4 +52,14 @@ def summarised(rows: Sequence[JSON], plan: JobPlan | None, seconds: float) -> Su
         planned_saved_tokens=None if plan is None else plan.saved_tokens,
         output_tokens=sum(usage["completion_tokens"] for usage in usages),
         seconds=seconds,
+        first_failure=next((_failure(row) for row in rows if not _is_answered(row)), None),
     )
+
+
+def _is_answered(row: JSON) -> bool:
+    return bool(row["response"]) and row["response"]["status_code"] == 200
+
+
+def _failure(row: JSON) -> str:
+    error = row["error"] or (row["response"]["body"] or {}).get("error") or {}  # any server's, with `--url`
+    return f"{row['custom_id']}: {error.get('message', 'no reason given')}"
