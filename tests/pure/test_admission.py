@@ -13,6 +13,7 @@ import pytest
 from fake_executor import FakeExecutor, make_replica
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from one_server import Standing
 
 from penstock.core.events import Finished
 from penstock.core.request import Request
@@ -283,3 +284,59 @@ def test_aggressive_starts_with_the_first_chunk() -> None:
     assert run(replica, prompts)[-1][1] > 0
     replica = make_replica(kv_blocks=64, running_max=40, step_tokens_max=16, admit="conservative")
     assert run(replica, prompts)[-1][1] == 0
+
+
+# ---- on views made by hand ----------------------------------------------------------------------------
+
+
+def candidate_of(prompt_len: int, cached_len: int = 0, cached: int = 0, revived: int = 0) -> Candidate:
+    request = Request("r", prompt_len, 10, 0.0)
+    return Candidate(Standing(request, 9), cached_len, cached, revived)
+
+
+def pool(available: int, running_count: int) -> Any:
+    """Of 200 blocks of four tokens; a step takes 32 tokens."""
+    return SimpleNamespace(
+        blocks_available=available,
+        block_count=200,
+        block_tokens=4,
+        step_tokens_max=32,
+        running_count=running_count,
+        running=[],
+    )
+
+
+def started_with(name: str, candidate: Candidate, view: Any, **options: float) -> int | None:
+    """Tokens of KV that it starts with; None: it waits."""
+    decision = REGISTRIES["admit"].make(name, options=options).decide(candidate, view, 0.0)
+    assert (decision.reason is None) == (decision.reserve_len > 0)
+    return decision.reserve_len or None
+
+
+def test_aggressive_asks_for_the_first_chunk_above_its_watermark() -> None:
+    """Eight blocks for the 32 tokens of a step, and two of the 200 left free where others run."""
+    long = candidate_of(100)
+    assert started_with("aggressive", long, pool(10, 1)) == 32
+    assert started_with("aggressive", long, pool(9, 1)) is None
+    assert started_with("aggressive", long, pool(8, 0)) == 32, "alone it may have all"
+    assert started_with("aggressive", long, pool(7, 0)) is None
+    assert started_with("aggressive", long, pool(18, 1), watermark_frac=0.05) == 32
+    assert started_with("aggressive", long, pool(17, 1), watermark_frac=0.05) is None
+    assert started_with("aggressive", candidate_of(9), pool(5, 1)) == 9, (
+        "all that is known, where that is less"
+    )
+
+
+def test_aggressive_counts_what_is_cached_once_and_what_it_takes_back() -> None:
+    """Ten blocks are cached, four of which nobody holds now: 8 more and these 4."""
+    found = candidate_of(100, cached_len=40, cached=10, revived=4)
+    assert started_with("aggressive", found, pool(14, 1)) == 72
+    assert started_with("aggressive", found, pool(13, 1)) is None
+
+
+def test_a_whole_prompt_has_all_its_blocks_above_the_watermark() -> None:
+    found = candidate_of(100, cached_len=40, cached=10, revived=4)
+    assert started_with("whole-prompt", found, pool(21, 1)) == 100
+    assert started_with("whole-prompt", found, pool(20, 1)) is None
+    assert started_with("whole-prompt", found, pool(19, 0)) == 100
+    assert started_with("whole-prompt", found, pool(18, 0)) is None
