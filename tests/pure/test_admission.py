@@ -340,3 +340,15 @@ def test_a_whole_prompt_has_all_its_blocks_above_the_watermark() -> None:
     assert started_with("whole-prompt", found, pool(20, 1)) is None
     assert started_with("whole-prompt", found, pool(19, 0)) == 100
     assert started_with("whole-prompt", found, pool(18, 0)) is None
+
+
+def test_conservative_leaves_what_was_promised_and_alone_takes_what_is_there() -> None:
+    """A request of 100 + 10 tokens may come to 28 blocks; the one that runs has 4 of its 13."""
+    assert started_with("conservative", candidate_of(100), pool(25, 0)) == 100
+    assert started_with("conservative", candidate_of(100), pool(24, 0)) is None
+    running = [Standing(Request("s", 40, 12, 0.0), 1, block_count=4)]
+    for available, cached, starts in ((37, 0, True), (36, 0, False), (31, 10, True), (30, 10, False)):
+        view = pool(available, 1)
+        view.running = running
+        found = candidate_of(100, cached_len=4 * cached, cached=cached, revived=4 if cached else 0)
+        assert started_with("conservative", found, view) == (100 if starts else None)
