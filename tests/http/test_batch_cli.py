@@ -13,8 +13,11 @@ import pytest
 
 from penstock.cli import batch
 from penstock.core.errors import ConfigError, EnvironmentMissing, InvalidRequest
-from penstock.core.settings import Settings
+from penstock.core.request import Request
+from penstock.core.settings import DeskSettings, Settings
+from penstock.desk import Capacity, Desk
 from penstock.gateway.batches.lines import JobFile, LineResult
+from penstock.gateway.batches.offline import offline_settings
 from penstock.gateway.batches.summary import summarised
 
 URL = "http://server.test"
@@ -46,6 +49,14 @@ def test_the_preset_for_jobs_holds_where_nobody_names_another(
     assert batch._settings_of(file, {}).preset == "vllm"
     monkeypatch.setenv("PENSTOCK_PRESET", "sarathi")
     assert batch._settings_of(None, {}).preset == "sarathi"
+
+
+def test_a_servers_bounds_do_not_hold_the_job_back() -> None:
+    served = Settings(desk=DeskSettings(queue_requests_max=2, queue_tokens_max=9, tenant_requests_max=1))
+    desk = Desk(offline_settings(served).desk, Capacity(4096, 16, 1 << 20, 4))
+    for number in range(100):
+        desk.enter([Request(id=f"r{number}", arrival_s=0.0, prompt_len=10, max_output_tokens=5)])
+    assert desk.waiting_count == 100
 
 
 def test_where_answers_cannot_go_is_told_before_the_work(

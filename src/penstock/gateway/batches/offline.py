@@ -19,7 +19,13 @@ TENANT: Final = "default"
 
 def offline_settings(settings: Settings) -> Settings:
     """No bound at the door but the job's own, and no folder of a server."""
-    desk = replace(settings.desk, queue_requests_max=1 << 20, queue_tokens_max=1 << 50, queue_wait_s_max=1e12)
+    desk = replace(
+        settings.desk,
+        queue_requests_max=1 << 20,
+        queue_tokens_max=1 << 50,
+        queue_wait_s_max=1e12,
+        tenant_requests_max=0,
+    )
     return replace(settings, desk=desk, batch=replace(settings.batch, folder=""))
 
 
