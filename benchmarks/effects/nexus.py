@@ -102,12 +102,11 @@ def _changing_mix() -> Load:
 
 
 @cache
-def _mixed(lanes: str, contention: bool = True, saturation: bool = True) -> Served:
+def _mixed(lanes: str) -> Served:
     if lanes == "semi-pd":
         targets = {"ttft_ms": TTFT_LIMIT_S * 1e3, "tpot_ms": TPOT_LIMIT_S * 1e3, "window_steps": 500}
         return run(_changing_mix(), laned("semi-pd", targets), cost=l20())
-    options = {"contention": contention, "saturation": saturation}
-    return run(_changing_mix(), laned("nexus", options), cost=l20())
+    return run(_changing_mix(), laned("nexus"), cost=l20())
 
 
 def _over_limit(served: Served) -> float:

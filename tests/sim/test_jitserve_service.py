@@ -38,9 +38,11 @@ def request(name: str, output: int, arrival_s: float = 0.0, **hints: Any) -> Req
     return Request(name, PROMPT, output, arrival_s, prompt_tokens=tokens, **hints)
 
 
-def drive(replica: Replica, requests: Sequence[Request]) -> tuple[dict[str, float], list[list[Any]]]:
+def drive(
+    replica: Replica, requests: Sequence[Request], executor: FakeExecutor | None = None
+) -> tuple[dict[str, float], list[list[Any]]]:
     """Every step takes `STEP_S`. When each ended, and the events of each step."""
-    executor, waiting, now_s = FakeExecutor(4), sorted(requests, key=lambda r: r.arrival_s), 0.0
+    executor, waiting, now_s = executor or FakeExecutor(4), sorted(requests, key=lambda r: r.arrival_s), 0.0
     ends_s: dict[str, float] = {}
     told: list[list[Any]] = []
     while waiting or replica.has_work:
@@ -59,26 +61,16 @@ def test_a_job_with_slack_waits_and_is_in_time() -> None:
     """Card test 3: one place, a stream of urgent chats, and a job that is due in 20 seconds."""
     job = request("job", 400, slo=Slo(e2e_ms=20_000))  # four seconds of work
     chats = [request(f"chat{i}", 60, 0.6 * i, slo=Slo(ttft_ms=500, tpot_ms=50)) for i in range(40)]
-    replica, produced = make(1), {}
+    replica = make(1)
+    steps_of_job: list[int] = []
 
     class Watching(FakeExecutor):
         def execute(self, plan: Any) -> Any:
-            for each in replica.running:
-                produced[len(self.plans)] = (each.request.id, each.output_len)
+            if any(each.request.id == "job" for each in replica.running):
+                steps_of_job.append(len(self.plans))
             return super().execute(plan)
 
-    executor, waiting, now_s, ends_s = Watching(4), [*chats, job], 0.0, {}
-    waiting.sort(key=lambda r: r.arrival_s)
-    while waiting or replica.has_work:
-        while waiting and waiting[0].arrival_s <= now_s:
-            replica.submit(waiting.pop(0), now_s)
-        plan = replica.plan(now_s)
-        now_s = round(now_s + STEP_S, 9)
-        if plan is not None:
-            for event in replica.complete(plan, executor.execute(plan), now_s):
-                if isinstance(event, Finished):
-                    ends_s[event.request_id] = event.at_s
-    steps_of_job = [step for step, (name, _) in produced.items() if name == "job"]
+    ends_s, _ = drive(replica, [*chats, job], Watching(4))
     tight = (20.0 - 2 * 4.0) / STEP_S  # its slack equals its work
     early = sum(step < tight for step in steps_of_job)
     assert early < 0.1 * tight

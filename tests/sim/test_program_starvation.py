@@ -27,5 +27,6 @@ def test_a_program_that_never_returns_starves_nobody() -> None:
     silent, told = (serve_agents(each, with_rule("cdf"), sizes) for each in (stays_away, says_so))
     assert silent.stats.pins == 0, "its pin is gone by the end"
     assert silent.stats.pins_total["made"] > told.stats.pins_total["hit"] > 0
+    assert silent.stats.pins_total["expired"] > told.stats.pins_total["expired"]
     ratio = others_rate(stays_away, silent, name) / others_rate(says_so, told, name)
     assert abs(ratio - 1.0) <= 0.02
