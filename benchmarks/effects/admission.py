@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.effects.effect import Claim, Effect, Measured
-from benchmarks.effects.live import LiveServed, serve_live
+from benchmarks.effects.live import LiveServed, same_outputs, serve_live
 from benchmarks.effects.serving import Load, Served, azure_lengths, limits, poisson, serve, settings_of
 from penstock.core.request import Request
 from penstock.twin.replica import TwinReplica
@@ -285,12 +285,6 @@ def _worst_gap_p99_s(served: LiveServed) -> float:
     return float(np.quantile([max(each.itl_s, default=0.0) for each in served.outcomes.values()], 0.99))
 
 
-def _differing(runs: Sequence[LiveServed]) -> Claim:
-    """Of the outputs."""
-    unequal = sum(each.tokens[name] != runs[0].tokens[name] for each in runs for name in each.tokens)
-    return Claim("outputs that differ", unequal, high=0)
-
-
 def past_future_live() -> Measured:
     """SmolLM2-135M: 200 answers of 24 tokens in the mean, 128 asked for, in KV for eight of those.
 
@@ -309,7 +303,7 @@ def past_future_live() -> Measured:
             Claim("evictions when admitted at 99 % full", eager.preemptions, low=20),
             Claim("worst gap P99, ours / at 99 % full", gaps_ms[1] / gaps_ms[0], high=0.5),
             Claim("steps, conservative / ours", careful.steps / ours.steps, low=1.2),
-            _differing(runs),
+            same_outputs(*runs),
         ),
     )
 
@@ -326,7 +320,7 @@ def aggressive_live() -> Measured:
             Claim("P99 TTFT, aggressive / conservative", waits_s[1] / waits_s[0], high=0.5),
             Claim("steps, aggressive / conservative", ours.steps / careful.steps, high=0.4),
             Claim("evictions", ours.preemptions, high=2),
-            _differing(runs),
+            same_outputs(*runs),
         ),
     )
 
@@ -345,7 +339,7 @@ def conservative_live() -> Measured:
             Claim("evictions", ours.preemptions, high=0),
             Claim("evictions at 99 % full", eager.preemptions, low=8),
             Claim("worst gap P99, ours / at 99 % full", gaps_ms[1] / gaps_ms[0], high=0.5),
-            _differing(runs),
+            same_outputs(*runs),
         ),
     )
 

@@ -10,6 +10,7 @@ from functools import cache
 import numpy as np
 
 from benchmarks.effects.effect import Claim, Effect, Measured
+from benchmarks.effects.live import LiveServed, same_outputs, serve_live
 from benchmarks.effects.serving import Load, Served, azure_lengths, limits, poisson, serve, settings_of
 from penstock.core.request import Request
 from penstock.desk.job_plan import JobPlan, JobPlanner
@@ -176,8 +177,6 @@ LIVE_KV_TOKENS = 8_000
 
 def group_live() -> Measured:
     """Card test 4: 8 documents × 12 questions on the embedded model, against the same job without sharing."""
-    from benchmarks.effects.live import LiveServed, serve_live
-
     draw = random.Random("batchllm/live")
     documents = [_words(draw, LIVE_PREFIX) for _ in range(LIVE_DOCUMENTS)]
     prompts = [document + _words(draw, LIVE_SUFFIX) for document in documents for _ in range(LIVE_QUESTIONS)]
@@ -194,13 +193,12 @@ def group_live() -> Measured:
     ratio = min(each.makespan_s for each in shared) / min(each.makespan_s for each in alone)
     computed = [each.prompt_tokens - each.cached_tokens for each in shared[0].outcomes.values()]
     least = sum(plan.prefill_tokens(group) for group in plan.groups)
-    differing = sum(alone[0].tokens[name] != shared[0].tokens[name] for name in alone[0].tokens)
     return Measured(
         f"prompt tokens computed {plan.prompt_tokens} → {sum(computed)}, as planned; wall time {ratio:.2f}×",
         (
             Claim("prompt tokens computed, less the plan's", sum(computed) - least, low=0, high=0),
             Claim("wall time, shared / not shared", ratio, high=0.6),
-            Claim("outputs that differ", differing, high=0),
+            same_outputs(*alone, *shared),
         ),
     )
 
@@ -269,8 +267,6 @@ def lifetime_live() -> Measured:
 
     All wait from the start, and are served in that order, so that nothing hangs on the machine's speed.
     """
-    from benchmarks.effects.live import serve_live
-
     requests: list[Request] = []
     for burst in range(4):
         names = [f"chat{burst}-{index}" for index in range(10)]
@@ -290,14 +286,13 @@ def lifetime_live() -> Measured:
         for each in (before, after)
     ]
     least = 1280 + 16 * len(members)
-    differing = sum(before.tokens[name] != after.tokens[name] for name in before.tokens)
     return Measured(
         f"prompt tokens the group computed, over the least: {computed[0] / least:.2f} → "
         f"{computed[1] / least:.2f}×; outputs identical",
         (
             Claim("computed, after / least", computed[1] / least, high=1.001),
             Claim("computed, before / after", computed[0] / computed[1], low=1.5),
-            Claim("outputs that differ", differing, high=0),
+            same_outputs(before, after),
         ),
     )
 
@@ -411,8 +406,6 @@ def memory_live() -> Measured:
 
     Half have 160 tokens in and 4 out, half 16 in and 96 out. As many places without a look at memory preempt.
     """
-    from benchmarks.effects.live import serve_live
-
     draw = random.Random("batchllm/mix")
     shapes = [(160, 4), (16, 96)] * 20
     draw.shuffle(shapes)
@@ -427,7 +420,6 @@ def memory_live() -> Measured:
     )
     filled = [sum(each.step_rows) / each.steps for each in (before, after)]
     ratio = after.makespan_s / before.makespan_s
-    differing = sum(before.tokens[name] != after.tokens[name] for name in before.tokens)
     return Measured(
         f"{filled[0]:.0f} → {filled[1]:.0f} tokens a step; makespan {before.makespan_s:.1f} → "
         f"{after.makespan_s:.1f} s ({ratio:.2f}×); preemptions by memory {after.preemptions}, without a look "
@@ -437,7 +429,7 @@ def memory_live() -> Measured:
             Claim("makespan, after / before", ratio, high=0.95),
             Claim("preemptions", after.preemptions, high=0),
             Claim("preemptions, as many places without a look at memory", blind.preemptions, low=3),
-            Claim("outputs that differ", differing, high=0),
+            same_outputs(before, after),
         ),
     )
 

@@ -18,6 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from benchmarks.effects.effect import Claim
 from benchmarks.effects.serving import Ended, Load
 from penstock.core.events import Finished, ReplicaEvent, TokenOut
 from penstock.core.line_file import LineFile
@@ -81,6 +82,13 @@ class LiveServed(Ended):
         """Of these in the order of first tokens, from 1: the same on a slow machine as on a fast one."""
         order = sorted(self.outcomes, key=lambda name: self.outcomes[name].first_token_s or math.inf)
         return sum(order.index(name) + 1 for name in ids) / len(ids)
+
+
+def same_outputs(*runs: LiveServed) -> Claim:
+    """Of one load, however it was scheduled."""
+    first = runs[0].tokens
+    differing = sum(each.tokens[name] != first[name] for each in runs for name in first)
+    return Claim("outputs that differ", differing, high=0)
 
 
 def serve_live(
