@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 from fake_executor import FakeExecutor, expected_output, make_replica
-from one_server import Standing
 
 from penstock.core.config import resolve
 from penstock.core.errors import ConfigError
 from penstock.core.events import Finished, Preempted, TokenOut
-from penstock.core.reasons import CancelReason, FinishReason, WaitReason
+from penstock.core.reasons import CancelReason, FinishReason
 from penstock.core.request import Request
 from penstock.core.settings import PolicySettings
 from penstock.core.step import Copy, CopyDone, Direction
@@ -22,7 +21,7 @@ from penstock.policies.preempt import PREEMPT, CopySize, Manner
 from penstock.policies.rank import RANK
 from penstock.policies.rank.fastswitch import TENANTS_MAX
 from penstock.policies.stack import load_preset, make_stack
-from penstock.policies.view import Candidate, CopyFacts, Refusal, StepFacts
+from penstock.policies.view import CopyFacts, StepFacts
 from penstock.replica.host_tier import HostTier
 from penstock.replica.sequence import Sequence
 from penstock.twin.host_link import HostLink
@@ -370,67 +369,3 @@ def test_the_preset_is_whole() -> None:
     ).settings
     assert (settings.policies.rank, settings.policies.preempt) == ("fastswitch", "fastswitch")
     assert settings.replica.kv_group_tokens == 960 and settings.replica.host_kv_memory == "auto"
-
-
-# ---- who yields -------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Ranks:
-    """Running ones in rank order, of which the head outranks those named; blocks of four tokens."""
-
-    running: list[Standing]
-    below: set[int] = field(default_factory=set)
-    blocks_available: int = 0
-    block_tokens: int = 4
-
-    @property
-    def running_count(self) -> int:
-        return len(self.running)
-
-    def outranks(self, head: Standing, other: Standing) -> bool:
-        return other.arrival_index in self.below
-
-
-def three_running(*outputs: int) -> tuple[Any, list[Standing]]:
-    """Each holds three blocks, started without output, and has so much now."""
-    swap = PREEMPT.make("swap")
-    running = [Standing(Request(f"r{i}", 12, 99, 0.0), i, block_count=3) for i in range(3)]
-    for each, output in zip(running, outputs, strict=True):
-        swap.started(each, 0.0)
-        each.output_len = output
-    return swap, running
-
-
-def test_the_last_that_had_a_token_yields() -> None:
-    swap, (first, second, third) = three_running(1, 1, 1)
-    ranks = Ranks([first, second, third])
-    assert swap.victim(first, ranks, 0.0) is third and swap.victim(third, ranks, 0.0) is third
-    swap, (first, second, third) = three_running(1, 1, 0)
-    ranks = Ranks([first, second, third])
-    assert swap.victim(first, ranks, 0.0) is second, "the last has just come back"
-    assert swap.victim(second, ranks, 0.0) is third, "the needy does not yield to those behind it"
-    swap.left(third, 0.0)
-    third.output_len = 7
-    swap.started(third, 0.0)
-    assert swap.victim(first, ranks, 0.0) is second
-
-
-@pytest.mark.parametrize("reason", [WaitReason.SLOTS, WaitReason.KV_CAPACITY])
-def test_room_is_made_where_it_would_be_enough(reason: WaitReason) -> None:
-    """The head takes ten blocks, two of which are cached and held by others, so eight."""
-    head = Standing(Request("head", 40, 9, 0.0), 9)
-    refusal = Refusal(Candidate(head, 8, 2, 0), reason)  # type: ignore[arg-type]
-
-    def chosen(outputs: tuple[int, int, int], below: set[int], available: int) -> int | None:
-        swap, running = three_running(*outputs)
-        found = swap.make_room(refusal, Ranks(running, below, available), 0.0)
-        return None if found is None else found.arrival_index
-
-    is_kv = reason is WaitReason.KV_CAPACITY
-    assert chosen((1, 1, 1), {1, 2}, 2) == 2
-    assert chosen((1, 1, 1), {1, 2}, 1) == (None if is_kv else 2), "two of three blocks, and one: seven"
-    assert chosen((1, 1, 0), {1, 2}, 5) == 1, "the last has just come back"
-    assert chosen((1, 1, 0), {1, 2}, 4) == (None if is_kv else 1)
-    assert chosen((1, 1, 1), {0, 1, 2}, -2) == 2, "without all of them it would be alone"
-    assert chosen((1, 0, 0), {1, 2}, 99) is None and chosen((1, 1, 1), {0, 1}, 99) is None

@@ -82,6 +82,17 @@ def test_who_had_no_token_since_it_started_is_spared(name: str) -> None:
     assert policy.victim(oldest, View(running), 0.0) is young  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", DISPLACING)
+def test_somebody_yields_where_the_head_would_then_be_alone(name: str) -> None:
+    """However little the books say that they free: what nobody holds is available."""
+    policy = REGISTRIES["preempt"].make(name, Context())
+    running = [standing(0), standing(1)]
+    started(policy, *running)
+    head = Candidate(standing(9, prompt=40), 0, 0, 0)  # type: ignore[arg-type]
+    assert yields(policy, head, WaitReason.KV_CAPACITY, View(running, running, 0)) is running[-1]
+    assert yields(policy, head, WaitReason.KV_CAPACITY, View(running, running[1:], 0)) is None
+
+
 def test_the_youngest_program_yields_and_last_turns_after_all_others() -> None:
     context = Context()
     policy = REGISTRIES["preempt"].make("program", context)
