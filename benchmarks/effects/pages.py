@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Final
@@ -192,8 +193,12 @@ def stack_of(effect: Effect) -> list[str]:
 
 def scenario(run: Callable[[], Measured], measured: Measured) -> list[str]:
     """What was done, in the words of its function, and what came of it."""
-    said = inspect.getdoc(run) if inspect.isfunction(run) else None
-    return [said or "", told(measured.said), claims_table(measured.claims)]
+    return [words_of(run), told(measured.said), claims_table(measured.claims)]
+
+
+def words_of(run: Callable[[], Measured]) -> str:
+    """Its docstring; several effects may share a function, each with arguments of its own."""
+    return inspect.getdoc(run.func if isinstance(run, partial) else run) or ""
 
 
 def told(said: str) -> str:
@@ -215,4 +220,4 @@ def on_engine(results: Results) -> list[str]:
     if live is None:
         return ["Not run yet.", command]
     claims = "\n".join(f"- {claim}" for claim in live["claims"])
-    return [inspect.getdoc(effect.live) or "", told(live["said"]), claims, live["machine"], command]
+    return [words_of(effect.live), told(live["said"]), claims, live["machine"], command]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,11 @@ def wins() -> Measured:
 def live() -> Measured:
     """The same on the engine."""
     return Measured("waits 4 → 2 s", (Claim("ratio", 2.0, low=1.5),))
+
+
+def one_of_two(policy: str) -> Measured:
+    """For one of two policies."""
+    return live()
 
 
 EFFECT = Effect("rank", "fcfs", "nobody waits for ever (textbook)", wins, wins, live)
@@ -84,6 +90,14 @@ def test_a_page_tells_what_was_done() -> None:
     names = ["rank-fcfs.svg", "rank-fcfs-1.svg", "rank-fcfs-2.svg", "rank-fcfs-3.svg"]
     assert [line.rpartition("(")[2].rstrip(")") for line in pictures] == names
     assert "python -m benchmarks.effects rank/fcfs --live" in page
+
+
+def test_effects_that_share_a_function_are_told_in_its_words() -> None:
+    shared = partial(one_of_two, "fcfs")
+    effect = Effect("rank", "fcfs", "x", shared, wins, shared)
+    keep_live(effect, live(), "m")
+    page = page_of([results(effect)])
+    assert page.count("For one of two policies.") == 2 and "partial" not in page
 
 
 def test_what_cannot_be_shown_on_the_engine_says_why() -> None:
