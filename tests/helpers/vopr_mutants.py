@@ -15,6 +15,7 @@ from penstock.desk.desk import Desk
 from penstock.replica import replica as replica_module
 from penstock.replica import results as results_module
 from penstock.replica import sequence as sequence_module
+from penstock.replica.groups import GroupLeaders
 from penstock.replica.host_tier import HostTier
 from penstock.replica.kv_pool import KVPool
 from penstock.replica.lane import DecodeLane
@@ -394,6 +395,11 @@ def a_preempted_sequence_loses_its_place(patch: Patch) -> None:
         entries.append(entries.pop(index))
 
     patch.setattr(Replica, "_preempt", demoted)
+
+
+@mutant("AssertionError in _plan_afresh", "liveness")
+def a_group_waits_for_itself(patch: Patch) -> None:
+    patch.setattr(GroupLeaders, "is_computing", lambda self, sequence: sequence.request.group_id is not None)
 
 
 @mutant("step-budget")

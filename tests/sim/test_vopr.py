@@ -44,8 +44,10 @@ def test_a_fixed_set_of_seeds_passes(part: int) -> None:
 def test_the_seeds_cover_what_they_should() -> None:
     """A mix in which nothing ever finishes, or nothing ever breaks, would prove little."""
     kinds, ends, modes, preempted = Counter[FaultKind](), Counter[str](), Counter[bool](), 0
+    calls: list[Call] = []
     for seed in range(600):
         script = draw_script(seed)
+        calls += script.calls
         kinds.update(fault.kind for fault in script.faults)
         modes[script.system.exact] += 1
         result = run_script(script)
@@ -53,6 +55,8 @@ def test_the_seeds_cover_what_they_should() -> None:
         preempted += result.preemptions
     assert kinds.keys() == set(FaultKind)
     assert min(modes.values()) > 50 and preempted > 50
+    for hint in ("session", "group_tokens", "last_turn", "tool", "pin_s"):
+        assert sum(bool(getattr(call, hint)) for call in calls) > len(calls) / 50, hint
     total = sum(ends.values())
     assert all(ends[reason.value] > total / 50 for reason in FinishReason), ends
     assert ends["stop"] + ends["length"] > total / 3, ends

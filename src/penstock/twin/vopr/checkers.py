@@ -249,8 +249,8 @@ class Checkers:
         for name, other in self._in_engine.items():
             if self._order[name] >= order:
                 return
-            overtaken = not other.runs and not self._waited_for_leader(other, event.at_s)
-            require(not overtaken, "fcfs", f"{life.request.id} overtakes {name}")
+            may_wait = other.request.group_id is not None or self._waited_for_leader(other, event.at_s)
+            require(other.runs or may_wait, "fcfs", f"{life.request.id} overtakes {name}")
 
     def _waited_for_leader(self, life: _Life, planned_s: float) -> bool:
         """When the plan was made. Leniently where only lengths are known: no first token is told there."""

@@ -63,9 +63,15 @@ def requests_of(call: Call, output_tokens: int, system: System) -> list[Request]
             sampling=SamplingParams(temperature=0.0, seed=index),
             tenant=call.tenant,
             priority=call.priority,
+            slo_class=call.slo_class,
             session_id=call.session or None,
             cache_salt=call.salt,
             leader_id=names[0] if index else None,
+            is_last_turn=call.last_turn,
+            tool=call.tool or None,
+            pin_s=call.pin_s or None,
+            group_id=f"g{call.stem}" if call.group_tokens else None,
+            shared_len=call.group_tokens,
         )
         for index, name in enumerate(names)
     ]

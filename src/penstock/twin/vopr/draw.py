@@ -28,7 +28,7 @@ def stream(seed: int, name: str) -> random.Random:
 def draw_script(seed: int) -> Script:
     """Pure: the same number gives the same script, in any process."""
     system = _draw_system(stream(seed, "system"))
-    calls = _draw_calls(stream(seed, "load"), system)
+    calls = _with_hints(stream(seed, "hints"), _draw_calls(stream(seed, "load"), system))
     faults = _draw_faults(stream(seed, "faults"), system, calls)
     return Script(seed, system, calls, faults)
 
@@ -171,6 +171,26 @@ def _draw_lengths(draw: random.Random, system: System, extremes: bool) -> tuple[
         whole = -(-prompt_tokens // system.block_tokens) * system.block_tokens
         prompt_tokens = max(1, min(whole + draw.randint(-1, 1), room - 1))
     return prompt_tokens, draw.randint(1, max(1, min(draw.choice((1, 6, 30, room)), room - prompt_tokens)))
+
+
+def _with_hints(draw: random.Random, calls: Sequence[Call]) -> tuple[Call, ...]:
+    """What calls say of themselves that changes no output; of groups not always the truth."""
+    features = {name for name in ("groups", "turns", "classes") if draw.random() < 0.5}
+    hinted = []
+    for call in calls:
+        if "groups" in features and call.stem_tokens and draw.random() < 0.8:
+            call = replace(call, group_tokens=max(0, call.stem_tokens + draw.choice((0, 0, 0, -2, 3))))
+        if "turns" in features and call.session:
+            call = replace(
+                call,
+                last_turn=draw.random() < 0.2,
+                tool=draw.choice(("", "ls", "cc")),
+                pin_s=draw.choice((0.0, 0.0, 0.05, 1.0, 50.0)),
+            )
+        if "classes" in features:
+            call = replace(call, slo_class=draw.choice(("default", "chat", "batch")))
+        hinted.append(call)
+    return tuple(hinted)
 
 
 # ---- the faults -------------------------------------------------------------------------------------------

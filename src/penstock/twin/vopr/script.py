@@ -90,6 +90,13 @@ class Call:
     salt: str = ""
     tenant: str = "default"
     session: str = ""
+    slo_class: str = "default"
+    group_tokens: int = setting(
+        0, "said to be shared by the calls of its stem; 0: no group", low=0, high=16384
+    )
+    last_turn: bool = setting(False, "its session says that no turn follows")
+    tool: str = ""
+    pin_s: float = setting(0.0, "how long to keep its session's KV; 0: as the policy says", low=0.0, high=1e6)
     priority: int = setting(0, "lower first", low=-1000, high=1000)
     deadline_s: float = setting(0.0, "the client's patience from arrival; 0: endless", low=0.0, high=1e6)
 
