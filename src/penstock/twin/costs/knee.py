@@ -7,23 +7,8 @@ from typing import Final
 from penstock.twin.costs.model import CostModel
 from penstock.twin.costs.work import StepWork
 
-SIZES: Final = (
-    16,
-    32,
-    64,
-    96,
-    128,
-    192,
-    256,
-    384,
-    512,
-    768,
-    1024,
-    1536,
-    2048,
-    3072,
-    4096,
-)  # tokens of a step
+# Tokens of a step
+SIZES: Final = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 KNEE_FRAC: Final = 0.9  # of the best throughput among them
 
 
