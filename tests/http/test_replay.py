@@ -70,9 +70,8 @@ def test_exact_lengths_are_asked_and_measured() -> None:
     server = FakeServer()
     rows = [TraceRow(0.0, 7, 3), TraceRow(0.0, 300, 1, "acme", "chat"), TraceRow(0.01, 1, 20, session_id="s")]
     run = run_against(server, rows)
-    for row, seen in zip(
-        rows, sorted(server.seen, key=lambda seen: seen.headers["x-request-id"]), strict=True
-    ):
+    asked = sorted(server.seen, key=lambda seen: seen.headers["x-request-id"])
+    for row, seen in zip(rows, asked, strict=True):
         body = seen.body
         assert len(body["prompt"]) == row.prompt_tokens
         assert body["max_tokens"] == body["min_tokens"] == row.output_tokens
@@ -81,7 +80,7 @@ def test_exact_lengths_are_asked_and_measured() -> None:
     outcomes = {exchange.outcome.request_id: exchange.outcome for exchange in run.exchanges}
     assert [outcomes[f"replay-{i}"].output_tokens for i in range(3)] == [3, 1, 20]
     assert {outcome.finish for outcome in outcomes.values()} == {FinishReason.LENGTH}
-    assert server.seen[1].headers["x-gateway-inference-fairness-id"] == "acme"
+    assert asked[1].headers["x-gateway-inference-fairness-id"] == "acme"
     client = report_of(run).client
     assert client and (client.prompt_length_mismatches, client.output_length_mismatches) == (0, 0)
     assert client.tokens_per_chunk == 1.0
