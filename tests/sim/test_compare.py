@@ -23,7 +23,9 @@ from penstock.core.metrics import RequestOutcome, Slo
 from penstock.core.reasons import FinishReason
 from penstock.core.request import Request
 from penstock.core.settings import PolicySettings, Settings
+from penstock.models.catalogue import resolve_config
 from penstock.replica.limits import check_feasible
+from penstock.twin.build import Machine, machine_of
 from penstock.twin.compare import run as sweeping
 from penstock.twin.compare.document import Comparison, notes_of
 from penstock.twin.compare.fairness import (
@@ -38,9 +40,12 @@ from penstock.twin.compare.pairs import groups_of, length_label
 from penstock.twin.compare.run import Bench, Contender, focus_rate, run_once, sweep
 from penstock.twin.compare.stacks import STACKS_MAX, parse_stacks
 from penstock.twin.compare.table import print_comparison
+from penstock.twin.costs.hardware import load_engine
+from penstock.twin.costs.spec import Parallel
 from penstock.twin.feasible import infeasible_targets, look_at, refuse_where_hopeless
 from penstock.workloads.trace import TraceRow
 
+MACHINE = Machine(PlainCost(), "plain", None)
 HOSTILE = '</script><img src=x onerror=alert(1)>[bold]&"'
 SLOS = {"default": Slo(ttft_ms=200, tpot_ms=50), HOSTILE: Slo(ttft_ms=200, tpot_ms=50)}
 
@@ -60,7 +65,7 @@ def rows_at(rate: float) -> list[TraceRow]:
 
 
 def contender(name: str, **policies: str) -> Contender:
-    return Contender(name, Settings(policies=PolicySettings(**policies)), LIMITS, PlainCost())
+    return Contender(name, Settings(policies=PolicySettings(**policies)), LIMITS, MACHINE)
 
 
 BENCH = Bench(rows=rows_at, slos=SLOS)
@@ -218,12 +223,26 @@ def test_rates_as_written() -> None:
 def test_an_slo_that_one_request_alone_misses() -> None:
     _, easiest = look_at(rows_at(1.0), LIMITS)
     tight = dict.fromkeys(easiest, Slo(ttft_ms=1.0, tpot_ms=50))
-    found = infeasible_targets(easiest, tight, Settings(), LIMITS, PlainCost())
+    found = infeasible_targets(easiest, tight, Settings(), LIMITS, MACHINE)
     assert {each.target for each in found} == {"ttft"} and all(each.best_ms > 1.0 for each in found)
     with pytest.raises(SloInfeasible, match="alone on the machine"):
         refuse_where_hopeless(found, easiest)
     refuse_where_hopeless(found[:1], easiest)  # another class still has a chance
-    assert not infeasible_targets(easiest, SLOS, Settings(), LIMITS, PlainCost())
+    assert not infeasible_targets(easiest, SLOS, Settings(), LIMITS, MACHINE)
+
+
+def test_an_engines_own_overhead_is_part_of_every_first_token() -> None:
+    """`request_s` of its profile, as `machine_of` reads it; a profile of this machine has our own path."""
+    config = resolve_config("smollm2-135m-instruct")
+    found = {}
+    for engine in ("vllm-2025", "vllm-2024"):
+        machine = machine_of("h100-sxm", engine, config, Parallel())
+        slow = replace(MACHINE, path=machine.path)
+        _, outcomes = run_once(Bench(rows=rows_at, slos=SLOS), replace(contender("a"), machine=slow), 0.01)
+        found[engine] = min(outcome.ttft_s or 9.9 for outcome in outcomes.values())
+    difference_s = load_engine("vllm-2024").request_s - load_engine("vllm-2025").request_s
+    assert difference_s > 0.005
+    assert found["vllm-2024"] - found["vllm-2025"] == pytest.approx(difference_s)
 
 
 def test_requests_that_never_fit_are_counted() -> None:

@@ -254,8 +254,8 @@ def _contenders(
 
     found = []
     for name, settings, limits in sized:
-        targets = infeasible_targets(easiest, slos, settings, limits, machine.cost)
-        found.append(Contender(name, settings, limits, machine.cost, tuple(targets)))
+        targets = infeasible_targets(easiest, slos, settings, limits, machine)
+        found.append(Contender(name, settings, limits, machine, tuple(targets)))
     hopeless = [each for each in found if each.is_hopeless(slos)]
     if len(hopeless) == len(found):
         refuse_where_hopeless(hopeless[0].infeasible, {each.slo_class for each in hopeless[0].infeasible})

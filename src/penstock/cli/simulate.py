@@ -147,7 +147,7 @@ def simulate(
     facts, easiest = look_at(shaped(rows, shape, ShapeCounts()), limits)
     slo = Slo(slo_ttft_ms or None, slo_tpot_ms or None, slo_e2e_ms or None)
     slos = settings.slo or dict.fromkeys(easiest, slo)
-    hopeless = [str(each) for each in infeasible_targets(easiest, slos, settings, limits, machine.cost)]
+    hopeless = [str(each) for each in infeasible_targets(easiest, slos, settings, limits, machine)]
     for sentence in hopeless:
         print(f"infeasible: {sentence}", file=sys.stderr)
     counts = ShapeCounts()
@@ -160,6 +160,7 @@ def simulate(
         machine.cost,
         outcomes.append,
         replicas=replicas,
+        path=machine.path,
         clients=clients,
     )
     out_of_range = sum(twin.executor.steps_out_of_range for twin in fleet)

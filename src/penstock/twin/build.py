@@ -15,6 +15,7 @@ from penstock.twin.costs.model import CostModel
 from penstock.twin.costs.profile_file import read_profile
 from penstock.twin.costs.roofline import RooflineCostModel
 from penstock.twin.costs.spec import ModelSpec, Parallel
+from penstock.twin.replica import PathCosts
 
 CPU_AUTO_KV_BYTES = 4 * GIB  # the most that `serve` takes on a CPU when it may choose
 KV_ELEMENT_BYTES = 2
@@ -23,11 +24,15 @@ HOST_AUTO_POOLS = 2  # host memory for KV, in pools, where it is to be chosen
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """A cost model, where it comes from, and the KV tokens it has room for by itself (None: not known)."""
+    """A cost model, where it comes from, and the KV tokens it has room for by itself (None: not known).
+
+    `path` is what a request passes outside the engine's steps.
+    """
 
     cost: CostModel
     name: str
     kv_tokens: int | None
+    path: PathCosts = PathCosts()
     power_status: str = "unknown"  # how its power figures are known: measured, published or assumed
 
 
@@ -40,11 +45,12 @@ def machine_of(name_or_path: str, engine: str, config: ModelConfig, parallel: Pa
     if path.suffix == ".toml" and path.is_file() and _kind_of(path) == tables.KIND:
         fitted = tables.load_fitted(path)
         power_status = fitted.profile.power.status
-        return Machine(fitted, f"{fitted.profile.name} ({path.name})", None, power_status)
-    device = hardware.load_hardware(name_or_path)
-    roofline = RooflineCostModel(ModelSpec.of(config), device, hardware.load_engine(engine), parallel)
+        return Machine(fitted, f"{fitted.profile.name} ({path.name})", None, power_status=power_status)
+    device, engine_profile = hardware.load_hardware(name_or_path), hardware.load_engine(engine)
+    roofline = RooflineCostModel(ModelSpec.of(config), device, engine_profile, parallel)
     name = f"{name_or_path} × {parallel.devices}, engine {engine}"
-    return Machine(roofline, name, roofline.kv_tokens_max(), device.power.status)
+    overheads = PathCosts(engine_profile.request_s, 0.0, 0.0)  # that is all of its way, both directions
+    return Machine(roofline, name, roofline.kv_tokens_max(), overheads, device.power.status)
 
 
 def limits_of(settings: Settings, config: ModelConfig, machine: Machine) -> ReplicaLimits:

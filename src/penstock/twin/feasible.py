@@ -13,9 +13,8 @@ from penstock.core.metrics import RequestOutcome, Slo
 from penstock.core.request import Request
 from penstock.core.settings import Settings
 from penstock.replica.limits import ReplicaLimits, check_feasible
-from penstock.twin.costs.model import CostModel
+from penstock.twin.build import Machine
 from penstock.twin.laned import make_twin
-from penstock.twin.replica import PathCosts
 from penstock.twin.requests import RequestMaker
 from penstock.workloads import wording
 from penstock.workloads.trace import TraceRow
@@ -140,7 +139,7 @@ def infeasible_targets(
     slos: dict[str, Slo],
     settings: Settings,
     limits: ReplicaLimits,
-    cost: CostModel,
+    machine: Machine,
 ) -> list[Infeasible]:
     """Targets that the easiest request of their class misses when it has the machine to itself.
 
@@ -149,7 +148,7 @@ def infeasible_targets(
     found = []
     for name, candidates in sorted(easiest.items()):
         slo = slos.get(name, Slo())
-        alone = [_alone(row, settings, limits, cost) for row in candidates.rows()]
+        alone = [_alone(row, settings, limits, machine) for row in candidates.rows()]
         measured: dict[str, tuple[float | None, Sequence[float | None]]] = {
             "ttft": (slo.ttft_ms, [outcome.ttft_s for outcome in alone]),
             "tpot": (slo.tpot_ms, [outcome.tpot_s for outcome in alone]),
@@ -172,9 +171,9 @@ def refuse_where_hopeless(found: Sequence[Infeasible], classes: Iterable[str]) -
         )
 
 
-def _alone(row: TraceRow, settings: Settings, limits: ReplicaLimits, cost: CostModel) -> RequestOutcome:
+def _alone(row: TraceRow, settings: Settings, limits: ReplicaLimits, machine: Machine) -> RequestOutcome:
     outcomes: list[RequestOutcome] = []
-    twin = make_twin(settings, limits, cost, PathCosts(), outcomes.append)
+    twin = make_twin(settings, limits, machine.cost, machine.path, outcomes.append)
     plain = replace(row, session_id=None, block_hashes=None)
     twin.arrive(RequestMaker(limits.kv_block_tokens).make(0, plain, 0.0))
     twin.finish()

@@ -12,9 +12,9 @@ from penstock.core.metrics import Goodput, RequestOutcome, Slo, goodput
 from penstock.core.settings import Settings
 from penstock.policies.stack import terms_of
 from penstock.replica.limits import ReplicaLimits
+from penstock.twin.build import Machine
 from penstock.twin.compare.fairness import Fairness, fairness
 from penstock.twin.compare.pairs import Group, groups_of
-from penstock.twin.costs.model import CostModel
 from penstock.twin.feasible import Infeasible
 from penstock.twin.requests import number_of
 from penstock.twin.simulate import Clients, series_of, simulate
@@ -34,7 +34,7 @@ class Contender:
     name: str
     settings: Settings
     limits: ReplicaLimits
-    cost: CostModel
+    machine: Machine
     infeasible: tuple[Infeasible, ...] = ()
 
     def is_hopeless(self, slos: dict[str, Slo]) -> bool:
@@ -171,9 +171,10 @@ def run_once(bench: Bench, contender: Contender, rate: float) -> tuple[Run, dict
         _noting(bench.rows(rate), asked),
         contender.settings,
         contender.limits,
-        contender.cost,
+        contender.machine.cost,
         outcomes.append,
         replicas=bench.replicas,
+        path=contender.machine.path,
         clients=Clients(
             bench.closed_loop, bench.rate_scale * rate, bench.concurrency_max, bench.asked_tokens
         ),
