@@ -5,14 +5,18 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks.effects.effect import Claim, Effect, Measured
+from benchmarks.effects.live import LiveServed, serve_live
 from benchmarks.effects.serving import Load, Served, limits, serve, settings_of
 from penstock.core.request import Request
+from penstock.core.step import StepPlan, StepResult
 from penstock.workloads.charts import Chart, Series
 
 TARGET_MS = 25.0
 STATIC_TOKENS = (256, 320, 384, 448, 512)
 CAP_TOKENS = 4096
 TIGHT_MS = 5.0
+LIVE_TOKENS = 96  # what a step of so many takes is the target there
+Mixed = list[tuple[float, int]]  # seconds and tokens of the steps that hold prompts and decodes
 
 
 def _load() -> Load:
@@ -88,6 +92,49 @@ def loses() -> Measured:
     )
 
 
+def live() -> Measured:
+    """SmolLM2-135M: ten prompts of 1000 tokens beside two streams, until all twelve decode.
+
+    The targets are what a step of 96 tokens takes on this machine, and twice that; measured is the second
+    half of the steps with prompts.
+    """
+    prompts = [Request(f"p{index}", 1000, 60, 0.0) for index in range(10)]
+    load = Load([*(Request(f"s{index}", 32, 240, 0.0) for index in range(2)), *prompts])
+    _, static = _live(load, "sarathi", LIVE_TOKENS, 0.0)
+    target_ms = _median_ms(static)
+    runs = [_live(load, "ms-budget", CAP_TOKENS, target_ms * times) for times in (1, 2)]
+    ratios = [_median_ms(mixed) / (target_ms * times) for times, (_, mixed) in enumerate(runs, start=1)]
+    tokens = [float(np.mean([rows for _, rows in mixed])) for _, mixed in runs]
+    ttfts_s = [float(each.values("ttft_s", [r.id for r in prompts]).mean()) for each, _ in runs]
+    return Measured(
+        f"targets of {target_ms:.0f} and {2 * target_ms:.0f} ms: half of the steps with prompts within "
+        f"{ratios[0]:.2f}× and {ratios[1]:.2f}× of them, {tokens[0]:.0f} and {tokens[1]:.0f} tokens in each; "
+        f"mean TTFT {ttfts_s[0]:.1f} → {ttfts_s[1]:.1f} s",
+        (
+            Claim("median step with prompts / target", ratios[0], low=0.7, high=1.2),
+            Claim("the same at twice the target", ratios[1], low=0.7, high=1.2),
+            Claim("tokens of such a step, twice the target / the target", tokens[1] / tokens[0], low=1.5),
+        ),
+    )
+
+
+def _live(load: Load, compose: str, step_tokens: int, target_ms: float) -> tuple[LiveServed, Mixed]:
+    mixed: Mixed = []
+
+    def look(replica: object, plan: StepPlan, result: StepResult, now_s: float) -> None:
+        if plan.chunks and plan.decode_count:
+            mixed.append((result.duration_s, plan.token_count))
+
+    options = f"[policies.options.ms-budget]\ntarget_ms = {target_ms}\n" if compose == "ms-budget" else ""
+    settings, sizes = settings_of(compose=compose, file=options), limits(16_000, step_tokens_max=step_tokens)
+    served = serve_live(load, settings, sizes, each_step=look)
+    return served, mixed[len(mixed) // 2 :]  # by then it has learned what steps take
+
+
+def _median_ms(mixed: Mixed) -> float:
+    return float(np.median([seconds for seconds, _ in mixed])) * 1e3
+
+
 EFFECTS = (
     Effect(
         "compose",
@@ -96,5 +143,6 @@ EFFECTS = (
         "published is a budget chosen once, off line)",
         wins,
         loses,
+        live,
     ),
 )
