@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from penstock.core.events import Admitted, Finished, TokenOut
+from penstock.core.events import Admitted, Finished, Preempted, TokenOut
 from penstock.core.request import Request, SamplingParams
 from penstock.core.step import StepPlan, StepResult
 from penstock.replica.messages import ReplicaStats
@@ -34,6 +34,10 @@ class Agent:
     turn: int = 0
     known: int = 0  # tokens that had KV when its last turn ended
 
+    @property
+    def is_on_last_turn(self) -> bool:
+        return self.turn == len(self.results)
+
     def request(self, arrival_s: float) -> Request:
         return Request(
             f"{self.name}/{self.turn}",
@@ -44,13 +48,13 @@ class Agent:
             sampling=SamplingParams(temperature=0.0),
             program_id=self.name,
             tool="sleep",
-            is_last_turn=self.turn == len(self.results),
+            is_last_turn=self.is_on_last_turn,
         )
 
     def take(self, answer: Sequence[int]) -> bool:
         """Its turn is over; whether another follows."""
         self.known = len(self.prompt) + len(answer) - 1
-        if self.turn == len(self.results):
+        if self.is_on_last_turn:
             return False
         self.prompt = [*self.prompt, *answer, *self.results[self.turn]]
         self.turn += 1
@@ -113,11 +117,15 @@ class RealTime:
 
 @dataclass
 class AgentsRun:
-    """`outputs` by request id; `hits` of the `returns` found every full block that was there; job times."""
+    """`outputs` by request id; `hits` of the `returns` found every full block that was there; job times.
+
+    `last_turns_preempted` counts each time.
+    """
 
     outputs: dict[str, list[int]] = field(default_factory=dict)
     hits: int = 0
     returns: int = 0
+    last_turns_preempted: int = 0
     job_s: dict[str, float] = field(default_factory=dict)
     stats: ReplicaStats = field(default_factory=ReplicaStats)
 
@@ -160,6 +168,8 @@ def run_agents(
                 run.hits += (
                     known > 0 and event.cached_len >= known // replica.block_tokens * replica.block_tokens
                 )
+            elif isinstance(event, Preempted):
+                run.last_turns_preempted += by_name[name].is_on_last_turn
             elif isinstance(event, TokenOut):
                 run.outputs.setdefault(event.request_id, []).append(event.token_id)
             elif isinstance(event, Finished):

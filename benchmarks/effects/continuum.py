@@ -243,6 +243,37 @@ def sleeping_tools() -> Measured:
     )
 
 
+def last_turns_live() -> Measured:
+    """SmolLM2-135M: 6 programs of 3 turns beside 16 of one long answer, in KV for nine of those."""
+    from benchmarks.effects.live import TOKEN_IDS, live_engine
+
+    engine, runs = live_engine(), []
+    for preempt in ("youngest-recompute", "program"):
+        agents = make_agents(22, 3, 64, 24, 96, tool_s=0.0, ids=TOKEN_IDS)[:6]
+        singles = make_agents(22, 1, 32, 0, 128, tool_s=0.0, ids=TOKEN_IDS)[6:]
+        agents += [replace(single, name=f"single-{single.name}") for single in singles]  # behind the others
+        sizes = limits(1_500, context_len_max=1024)
+        replica = Replica(sizes, make_stack_of(settings_of("continuum", preempt=preempt)))
+        runs.append(run_agents(engine.executor, replica, agents, RealTime()))
+        engine.executor.reset()
+    youngest, program = runs
+    spared = [each.last_turns_preempted for each in runs]
+    return Measured(
+        f"mean job {youngest.mean_job_s:.1f} → {program.mean_job_s:.1f} s; last turns preempted {spared[0]} "
+        f"→ {spared[1]} times; outputs equal",
+        (
+            Claim("mean job time, program / youngest", program.mean_job_s / youngest.mean_job_s, high=0.9),
+            Claim("last turns preempted, youngest", spared[0], low=12),
+            Claim("the same, program / youngest", spared[1] / spared[0], high=0.6),
+            Claim(
+                "outputs that differ",
+                sum(youngest.outputs[name] != program.outputs[name] for name in youngest.outputs),
+                high=0,
+            ),
+        ),
+    )
+
+
 EFFECTS = (
     Effect(
         "retain",
@@ -271,7 +302,7 @@ EFFECTS = (
         "is published)",
         last_turns_spared,
         long_programs_pay,
-        not_live="victims depend on lengths that the embedded model's small answers do not reach",
+        last_turns_live,
         settings={"preset": "continuum"},
     ),
 )
