@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 
 from benchmarks.effects.effect import Claim, Effect, Measured
-from benchmarks.effects.serving import Served, azure_lengths, limits, poisson, serve, settings_of
+from benchmarks.effects.live import serve_live
+from benchmarks.effects.serving import Load, Served, azure_lengths, limits, poisson, serve, settings_of
+from penstock.core.request import Request
+from penstock.core.step import StepPlan
 from penstock.workloads.charts import Chart, Series
 
 QUANTILES = tuple(index / 200 for index in range(200))
 REQUESTS = 600
 RATE_RPS = 12.0
+OPEN_DOOR = "[desk]\nqueue_requests_max = 65536\nqueue_wait_s_max = 1e6"
 
 
 def _azure(compose: str, step_tokens: int) -> Served:
@@ -62,6 +68,40 @@ def selective_loses() -> Measured:
     )
 
 
+def live() -> Measured:
+    """SmolLM2-135M: twelve streams of 120 tokens, and 110 prompts of 48 beside them, one after the other.
+
+    A prompt has the thirteenth place for two tokens. So nearly every second step holds one, and only where it
+    travels with the streams do they advance.
+    """
+    streams = [Request(f"s{index}", 32, 120, 0.0) for index in range(12)]
+    prompts = [Request(f"p{index}", 48, 2, 0.0) for index in range(110)]
+    load, sizes = Load([*streams, *prompts]), limits(8000, step_tokens_max=4096, running_max=13)
+    stood_still: Counter[str] = Counter()  # steps without a decode, by policy
+    served = {}
+    for name in ("prefill-first", "selective-batching"):
+
+        def look(replica: object, plan: StepPlan, *_: object, name: str = name) -> None:
+            stood_still[name] += not plan.decode_count
+
+        served[name] = serve_live(load, settings_of(compose=name, file=OPEN_DOOR), sizes, each_step=look)
+    first, mixed = served.values()
+    names = [request.id for request in streams]
+    tpot_before, tpot_after = (float(np.mean(each.values("tpot_s", names))) * 1e3 for each in (first, mixed))
+    unequal = sum(first.tokens[name] != mixed.tokens[name] for name in first.tokens)
+    return Measured(
+        f"steps in which the streams stood still {stood_still['prefill-first']} → "
+        f"{stood_still['selective-batching']} against prefill-first; mean TPOT of the streams "
+        f"{tpot_before:.0f} → {tpot_after:.0f} ms; outputs identical",
+        (
+            Claim("steps without a decode, prefill-first", stood_still["prefill-first"], low=100),
+            Claim("the same, selective-batching", stood_still["selective-batching"], high=10),
+            Claim("mean TPOT, prefill-first / selective-batching", tpot_before / tpot_after, low=1.1),
+            Claim("outputs that differ", unequal, high=0),
+        ),
+    )
+
+
 EFFECTS = (
     Effect(
         "compose",
@@ -69,5 +109,6 @@ EFFECTS = (
         "requests join a running batch at any iteration (Orca, OSDI 2022: baseline of card sarathi-serve)",
         selective_wins,
         selective_loses,
+        live,
     ),
 )
