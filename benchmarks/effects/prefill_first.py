@@ -64,7 +64,7 @@ def loses() -> Measured:
 
 
 def live() -> Measured:
-    """SmolLM2-135M: twelve streams, and a prompt of 1500 tokens every two seconds."""
+    """SmolLM2-135M: twelve streams, and six prompts of 1500 tokens after each other."""
     ours, other = beside_streams("prefill-first", 4096), beside_streams("sarathi", 128)
     ttft, ttft_other = (float(each.values("ttft_s", LONG_NAMES).mean()) for each in (ours, other))
     names = [f"s{index}" for index in range(STREAMS)]

@@ -72,22 +72,22 @@ def loses() -> Measured:
     )
 
 
-LONG_TOKENS, LONGS, LONG_GAP_S = 1500, 6, 2.0
-STREAMS = 12
+LONG_TOKENS, LONGS = 1500, 6
+STREAMS, STREAM_TOKENS = 12, 160  # six long prompts within them are more than the hundredth of a P99
 LONG_NAMES = tuple(f"long{index}" for index in range(LONGS))
 
 
 @cache  # two policies are shown by the same two runs
 def beside_streams(compose: str, step_tokens: int) -> LiveServed:
-    """Twelve answers on the CPU engine, and a long prompt beside them every two seconds."""
-    streams = [Request(f"s{index}", 64, 240, 0.0) for index in range(STREAMS)]
-    longs = [Request(name, LONG_TOKENS, 8, 1.0 + LONG_GAP_S * i) for i, name in enumerate(LONG_NAMES)]
-    sizes = limits(40_000, step_tokens_max=step_tokens, running_max=32)
+    """Twelve answers on the CPU engine, and long prompts beside them, one at a time in the last place."""
+    streams = [Request(f"s{index}", 64, STREAM_TOKENS, 0.0) for index in range(STREAMS)]
+    longs = [Request(name, LONG_TOKENS, 8, 0.0) for name in LONG_NAMES]
+    sizes = limits(40_000, step_tokens_max=step_tokens, running_max=STREAMS + 1)
     return serve_live(Load([*streams, *longs]), settings_of(compose=compose), sizes)
 
 
 def live() -> Measured:
-    """SmolLM2-135M: twelve streams, and a prompt of 1500 tokens every two seconds; chunks of 128 tokens."""
+    """SmolLM2-135M: twelve streams, and six prompts of 1500 tokens after each other; chunks of 128 tokens."""
     before, after = beside_streams("prefill-first", 4096), beside_streams("sarathi", 128)
     names = [f"s{index}" for index in range(STREAMS)]
     gap_before, gap_after = (float(np.quantile(each.gaps_s(names), 0.99)) for each in (before, after))
