@@ -84,7 +84,7 @@ def serve_chats(
             twin.proceed(due[0][0] if due else float("inf"))
     twin.finish()
     twin.replica.check_invariants()
-    return Served(outcomes, twin)
+    return Served(outcomes, twin.replica.stats(), twin)
 
 
 def _request(conversation: Conversation, index: int, turn: int, said: int, at_s: float) -> Request:

@@ -11,7 +11,6 @@ from typing import Any
 
 from penstock.core.reasons import WaitReason
 from penstock.core.request import Request
-from penstock.core.units import ceil_div
 from penstock.policies.admit import Admission, Admit
 from penstock.policies.preempt import Preempt
 from penstock.policies.rank import Rank, RankKey
@@ -48,22 +47,6 @@ class FirstBlock(Admit):
         if candidate.blocks_revived + 1 > view.blocks_available:
             return Admission(reason=WaitReason.KV_CAPACITY)
         return Admission(reserve_len=cached_len + 1)
-
-
-class ReserveAll(Admit):
-    """Prompt and all of the output that may come must fit beside what everybody else may still need."""
-
-    def decide(self, candidate: Candidate, view: ReplicaView, now_s: float) -> Admission:
-        promised = sum(self._missing(sequence, view.block_tokens) for sequence in view.running)
-        needed = ceil_div(candidate.sequence.request.total_len_max, view.block_tokens)
-        needed += candidate.blocks_revived - candidate.blocks_cached
-        if view.running_count and needed + promised > view.blocks_available:
-            return Admission(reason=WaitReason.KV_CAPACITY)
-        return Admission(reserve_len=candidate.sequence.total_len)
-
-    @staticmethod
-    def _missing(sequence: SequenceView, block_tokens: int) -> int:
-        return max(0, ceil_div(sequence.request.total_len_max, block_tokens) - sequence.block_count)
 
 
 class Oldest(Preempt):

@@ -65,11 +65,6 @@ def as_planned(prompts: Prompts, outputs: Sequence[int]) -> tuple[Load, JobPlan]
     ), plan
 
 
-def hit_frac(served: Served) -> float:
-    stats = served.twin.replica.stats()
-    return stats.prefix_hit_tokens_total / max(1, stats.prefix_query_tokens_total)
-
-
 # ---- rank/prefix-group: the whole job ---------------------------------------------------------------------
 
 
@@ -89,12 +84,12 @@ def group_wins() -> Measured:
     bound = plan.saved_tokens / plan.prompt_tokens
     ratio = after.makespan_s / before.makespan_s
     return Measured(
-        f"prompt tokens saved {hit_frac(before):.0%} → {hit_frac(after):.1%}; "
+        f"prompt tokens saved {before.hit_frac:.0%} → {after.hit_frac:.1%}; "
         f"makespan {before.makespan_s:.0f} → {after.makespan_s:.0f} s ({ratio:.2f}×)",
         (
             Claim("planned saving, share of the prompt tokens", bound, low=0.99 * 38_000 / 44_000),
-            Claim("measured saving / planned", hit_frac(after) / bound, low=0.99),
-            Claim("saving over LRU, share of the prompt tokens", hit_frac(after) - hit_frac(before), low=0.3),
+            Claim("measured saving / planned", after.hit_frac / bound, low=0.99),
+            Claim("saving over LRU, share of the prompt tokens", after.hit_frac - before.hit_frac, low=0.3),
             Claim("makespan, after / before", ratio, high=0.6),
             Claim("prefixes alive at once", alive_most, high=3.0),
             Claim("P99 TTFT of online requests beside such a job, s", _online_p99_s(), high=0.5),
@@ -413,23 +408,25 @@ def memory_live() -> Measured:
     given, (planned, _) = as_given(prompts, outputs), as_planned(prompts, outputs)
     few = limits(1_400, running_max=8, step_tokens_max=64)
     many = replace(few, running_max=256)
-    before, blind, after = (
-        serve_live(given, settings_of(file=PATIENT), few),
-        serve_live(given, settings_of(file=PATIENT), many),
-        serve_live(planned, settings_of("batchllm", PATIENT), many),
-    )
-    filled = [sum(each.step_rows) / each.steps for each in (before, after)]
-    ratio = after.makespan_s / before.makespan_s
+    blind = serve_live(given, settings_of(file=PATIENT), many)
+    before: list[LiveServed] = []
+    after: list[LiveServed] = []
+    for _ in range(2):  # in turn: what else runs on the machine meets both
+        before.append(serve_live(given, settings_of(file=PATIENT), few))
+        after.append(serve_live(planned, settings_of("batchllm", PATIENT), many))
+    filled = [sum(each[0].step_rows) / each[0].steps for each in (before, after)]
+    spans_s = [min(served.makespan_s for served in each) for each in (before, after)]
+    preemptions = after[0].preemptions
     return Measured(
-        f"{filled[0]:.0f} → {filled[1]:.0f} tokens a step; makespan {before.makespan_s:.1f} → "
-        f"{after.makespan_s:.1f} s ({ratio:.2f}×); preemptions by memory {after.preemptions}, without a look "
-        f"at it {blind.preemptions}; outputs identical",
+        f"{filled[0]:.0f} → {filled[1]:.0f} tokens a step; makespan {spans_s[0]:.1f} → {spans_s[1]:.1f} s "
+        f"({spans_s[1] / spans_s[0]:.2f}×); preemptions by memory {preemptions}, without a look at it "
+        f"{blind.preemptions}; outputs identical",
         (
             Claim("mean tokens a step, after / before", filled[1] / filled[0], low=1.3),
-            Claim("makespan, after / before", ratio, high=0.95),
-            Claim("preemptions", after.preemptions, high=0),
+            Claim("makespan, after / before", spans_s[1] / spans_s[0], high=0.95),
+            Claim("preemptions", preemptions, high=0),
             Claim("preemptions, as many places without a look at memory", blind.preemptions, low=3),
-            same_outputs(before, after),
+            same_outputs(before[0], blind, after[0]),
         ),
     )
 

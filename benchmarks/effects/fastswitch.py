@@ -77,7 +77,7 @@ def fastswitch_wins() -> Measured:
     free_blocks = _a10(load, _settings("swap", 0.0), _sizes(0))
     free_runs = _a10(load, _settings("fastswitch", 0.0, **runs_only), _sizes(GROUP_TOKENS))
     ttft, gap = _ttft_s(before) / _ttft_s(after), _gap_s(before) / _gap_s(after)
-    stalls = [each.twin.replica.stats().swap_stall_s_total for each in (before, after)]
+    stalls = [each.stats.swap_stall_s_total for each in (before, after)]
     return Measured(
         f"P99 TTFT {_ttft_s(before):.2f} → {_ttft_s(after):.2f} s ({ttft:.1f}×); P99.9 gap "
         f"{_gap_s(before):.1f} → {_gap_s(after):.1f} s ({gap:.1f}×); steps stalled {stalls[0]:.0f} → "
@@ -190,7 +190,7 @@ def swap_wins() -> Measured:
         f"makespan of 100 growing requests {before.makespan_s:.1f} → {after.makespan_s:.1f} s ({ratio:.2f}×)",
         (
             Claim("makespan, recompute / swap", ratio, low=1.01),
-            Claim("tokens computed again", float(sum(_lost(after))), high=0.0),
+            Claim("tokens computed again", float(after.lost_tokens), high=0.0),
         ),
         (_spread("Time from arrival to the last token", "e2e_s", {"swap": after, "recompute": before}),),
     )
@@ -214,7 +214,7 @@ def swap_live() -> Measured:
         serve_live(load, settings_of("sarathi", preempt=preempt), sizes)
         for preempt in ("youngest-recompute", "swap")
     )
-    lost = [sum(each.stats.preempted_tokens_total.values()) for each in (before, after)]
+    lost = [each.lost_tokens for each in (before, after)]
     ratio = before.makespan_s / after.makespan_s
     return Measured(
         f"tokens computed again {lost[0]} → {lost[1]}, preemptions {before.preemptions} → "
@@ -227,10 +227,6 @@ def swap_live() -> Measured:
             same_outputs(before, after),
         ),
     )
-
-
-def _lost(served: Served) -> Sequence[int]:
-    return list(served.twin.replica.stats().preempted_tokens_total.values())
 
 
 def _tenants(rank: str, preempt: str) -> Served:

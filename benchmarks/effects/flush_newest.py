@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 
 from benchmarks.effects.effect import Claim, Effect, Measured
-from benchmarks.effects.live import LiveServed, serve_live
+from benchmarks.effects.live import serve_live
 from benchmarks.effects.serving import Load, Served, limits, serve, settings_of
 from penstock.core.request import Request
 from penstock.workloads.charts import Chart, Series
@@ -28,11 +28,6 @@ def _served(preempt: str, pool: int = POOL) -> Served:
     return serve(Load(requests), settings_of(preempt=preempt), sizes)
 
 
-def _lost(served: Served | LiveServed) -> int:
-    stats = served.stats if isinstance(served, LiveServed) else served.twin.replica.stats()
-    return sum(stats.preempted_tokens_total.values())
-
-
 def wins() -> Measured:
     """A pool of 40,000 tokens: how many tokens of KV are thrown away and computed again."""
     before, after = _served("youngest-recompute"), _served("flush-newest")
@@ -41,18 +36,18 @@ def wins() -> Measured:
         "thousands, by the size of the KV pool",
         POOLS,
         [
-            Series(name, tone, [_lost(_served(name, pool)) / 1e3 for pool in POOLS])
+            Series(name, tone, [_served(name, pool).lost_tokens / 1e3 for pool in POOLS])
             for name, tone in (("flush-newest", "s1"), ("youngest-recompute", "s2"))
         ],
         lambda x: f"{x / 1e3:.0f}k tokens",
         lambda y: f"{y:.0f}k",
     )
     return Measured(
-        f"{_lost(before):,} → {_lost(after):,} tokens computed twice, "
+        f"{before.lost_tokens:,} → {after.lost_tokens:,} tokens computed twice, "
         f"{before.preemptions} → {after.preemptions} preemptions; "
         f"all done after {before.makespan_s:.1f} → {after.makespan_s:.1f} s",
         (
-            Claim("tokens computed twice, before / after", _lost(before) / _lost(after), low=1.2),
+            Claim("tokens computed twice, before / after", before.lost_tokens / after.lost_tokens, low=1.2),
             Claim("flushes", after.preemptions, low=1),
         ),
         (chart,),
@@ -78,17 +73,15 @@ def live() -> Measured:
          for name in ("youngest-recompute", "flush-newest")]
         for load, pool in ((few, 160), (many, 1200))
     ]  # fmt: skip
-    (few_before, few_after), (before, after) = runs
+    before, after = runs[1]
+    few_lost, lost = [[each.lost_tokens for each in pair] for pair in runs]
     unequal = sum(pair[0].tokens[name] != pair[1].tokens[name] for pair in runs for name in pair[0].tokens)
     return Measured(
-        f"six in ten blocks: {_lost(few_before)} → {_lost(few_after)} tokens computed twice; sixteen: "
-        f"{_lost(before)} → {_lost(after)}, {before.preemptions} → {after.preemptions} preemptions; "
-        "outputs identical",
+        f"six in ten blocks: {few_lost[0]} → {few_lost[1]} tokens computed twice; sixteen: "
+        f"{lost[0]} → {lost[1]}, {before.preemptions} → {after.preemptions} preemptions; outputs identical",
         (
-            Claim(
-                "six: tokens computed twice, after / before", _lost(few_after) / _lost(few_before), high=0.6
-            ),
-            Claim("sixteen: tokens computed twice, after / before", _lost(after) / _lost(before), high=0.8),
+            Claim("six: tokens computed twice, after / before", few_lost[1] / few_lost[0], high=0.6),
+            Claim("sixteen: tokens computed twice, after / before", lost[1] / lost[0], high=0.8),
             Claim("sixteen: preemptions, after / before", after.preemptions / before.preemptions, high=0.7),
             Claim("flushes", after.preemptions, low=1),
             Claim("outputs that differ", unequal, high=0),

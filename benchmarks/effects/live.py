@@ -35,7 +35,6 @@ from penstock.policies.stack import lanes_split, make_stack_of, rank_class, term
 from penstock.replica.journal import Journal, header
 from penstock.replica.laned import LanedReplica
 from penstock.replica.limits import ReplicaLimits, check_feasible
-from penstock.replica.messages import ReplicaStats
 from penstock.replica.replica import Replica
 
 if TYPE_CHECKING:
@@ -57,26 +56,16 @@ class LiveServed(Ended):
     """What came of a load. Instants are seconds since the run began.
 
     `tokens` holds every output by request id; equal loads have equal outputs under any policies. `step_s` and
-    `step_rows` have one entry a step. `stats` are the replica's counters at the end.
+    `step_rows` have one entry a step.
     """
 
     tokens: dict[str, list[int]]
     step_s: Sequence[float]
     step_rows: Sequence[int]
-    stats: ReplicaStats
 
     @property
     def steps(self) -> int:
         return len(self.step_s)
-
-    @property
-    def preemptions(self) -> int:
-        return self.stats.preemptions_total
-
-    @property
-    def hit_frac(self) -> float:
-        """Share of the prompt tokens that were found in the prefix index."""
-        return self.stats.prefix_hit_tokens_total / max(1, self.stats.prefix_query_tokens_total)
 
     def mean_place(self, ids: Sequence[str]) -> float:
         """Of these in the order of first tokens, from 1: the same on a slow machine as on a fast one."""
@@ -245,7 +234,7 @@ class _Run:
         self._executor.reset()
         self._replica.check_invariants()
         tokens = {request_id: life.tokens for request_id, life in self._lives.items()}
-        return LiveServed(self._outcomes, tokens, self._step_s, self._step_rows, self._replica.stats())
+        return LiveServed(self._outcomes, self._replica.stats(), tokens, self._step_s, self._step_rows)
 
     def _turn(self, idle_s: float) -> None:
         """A step; or a short wait where there is none to make, for at most so long."""

@@ -53,11 +53,6 @@ def conversations(
     return Load(requests)
 
 
-def hit_frac(served: Served) -> float:
-    stats = served.twin.replica.stats()
-    return stats.prefix_hit_tokens_total / stats.prefix_query_tokens_total
-
-
 def _served(load: Load, retain: str, kv_tokens: int) -> Served:
     return serve(load, settings_of(retain=retain), limits(kv_tokens, step_tokens_max=2048))
 
@@ -74,7 +69,7 @@ def wins() -> Measured:
         with baseline("retain", Fifo) as fifo:
             for name, retain in (("lru", "lru"), ("oldest content first", fifo)):
                 served = _served(load, retain, kv_tokens)
-                found[name].append(hit_frac(served))
+                found[name].append(served.hit_frac)
                 if kv_tokens == KV_TOKENS[1]:
                     ttft_ms[name] = float(served.values("ttft_s").mean()) * 1e3
     ours, other = found["lru"][1], found["oldest content first"][1]
@@ -106,8 +101,8 @@ def loses() -> Measured:
     load = _scan(12, 2048, rounds=6)
     sizes = limits(8 * 2048, step_tokens_max=2048)
     with baseline("retain", Newest) as newest:
-        other = hit_frac(serve(load, settings_of(retain=newest), sizes))
-    ours = hit_frac(serve(load, settings_of(retain="lru"), sizes))
+        other = serve(load, settings_of(retain=newest), sizes).hit_frac
+    ours = serve(load, settings_of(retain="lru"), sizes).hit_frac
     return Measured(
         f"a scan of 12 documents where 8 fit: found {other:.0%} → {ours:.0%}",
         (Claim("share found", ours, high=0.001), Claim("share found, newest first", other, low=0.4)),

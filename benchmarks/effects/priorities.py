@@ -140,7 +140,7 @@ def priority_preempt_wins() -> Measured:
 def priority_preempt_loses() -> Measured:
     """The same: displaced work is computed again, so everything takes longer."""
     before, after = _classes("priority", YOUNGEST), _classes("priority", "priority")
-    lost = sum(after.twin.replica.stats().preempted_tokens_total.values())
+    lost = after.lost_tokens
     p99_s = [_quantile(served.values("tpot_s", LOW), 0.99) for served in (before, after)]
     return Measured(
         f"P99 TPOT of the low class {p99_s[0] * 1e3:.1f} → {p99_s[1] * 1e3:.1f} ms; {lost:,} tokens computed "

@@ -20,6 +20,7 @@ from penstock.core.settings import Settings
 from penstock.models.catalogue import resolve_config
 from penstock.policies.stack import load_preset
 from penstock.replica.limits import ReplicaLimits
+from penstock.replica.messages import ReplicaStats
 from penstock.twin.costs.hardware import load_engine, load_hardware
 from penstock.twin.costs.model import CostModel
 from penstock.twin.costs.roofline import RooflineCostModel
@@ -47,13 +48,28 @@ class Load:
 
 @dataclass(frozen=True)
 class Ended:
-    """Outcomes by request id, in the twin or live."""
+    """Outcomes by request id, in the twin or live, and the replica's counters at the end."""
 
     outcomes: dict[str, RequestOutcome]
+    stats: ReplicaStats
 
     @property
     def makespan_s(self) -> float:
         return max(outcome.finish_s for outcome in self.outcomes.values())
+
+    @property
+    def preemptions(self) -> int:
+        return self.stats.preemptions_total
+
+    @property
+    def lost_tokens(self) -> int:
+        """Computed again."""
+        return sum(self.stats.preempted_tokens_total.values())
+
+    @property
+    def hit_frac(self) -> float:
+        """Share of the prompt tokens that were found in the prefix index."""
+        return self.stats.prefix_hit_tokens_total / max(1, self.stats.prefix_query_tokens_total)
 
     def values(self, field_name: str, ids: Sequence[str] | None = None) -> np.ndarray:
         """`ttft_s`, `tpot_s` or `e2e_s` of the requests (all of them by default) that have one."""
@@ -72,10 +88,6 @@ class Served(Ended):
     """And the replica as it stands at the end."""
 
     twin: TwinReplica
-
-    @property
-    def preemptions(self) -> int:
-        return self.twin.replica.stats().preemptions_total
 
 
 def limits(kv_tokens: int, **changes: Any) -> ReplicaLimits:
@@ -130,7 +142,7 @@ def serve(
     twin.finish()
     twin.replica.check_invariants()
     assert len(outcomes) == len(load.requests), "every request ends once"
-    return Served(outcomes, twin)
+    return Served(outcomes, twin.replica.stats(), twin)
 
 
 def _advance(twin: TwinReplica, until_s: float, each_step: Callable[[TwinReplica], None]) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks.effects.baselines import FirstBlock, ReserveAll, baseline
+from benchmarks.effects.baselines import FirstBlock, baseline
 from benchmarks.effects.effect import Claim, Effect, Measured
-from benchmarks.effects.live import LiveServed, same_outputs, serve_live
+from benchmarks.effects.live import same_outputs, serve_live
 from benchmarks.effects.serving import Load, Served, azure_lengths, limits, poisson, serve, settings_of
 from penstock.core.request import Request
 from penstock.workloads.charts import Chart, Series
@@ -16,11 +16,6 @@ OPEN_DOOR = "[desk]\nqueue_requests_max = 65536\nqueue_wait_s_max = 1e6\nqueue_t
 
 def _served(admit: str, load: Load, kv_tokens: int) -> Served:
     return serve(load, settings_of(admit=admit, file=OPEN_DOOR), limits(kv_tokens))
-
-
-def _lost_tokens(served: Served | LiveServed) -> int:
-    stats = served.stats if isinstance(served, LiveServed) else served.twin.replica.stats()
-    return sum(stats.preempted_tokens_total.values())
 
 
 def wins() -> Measured:
@@ -36,7 +31,7 @@ def wins() -> Measured:
         for kv_tokens in KV_TOKENS:
             for name, admit in (("whole-prompt", "whole-prompt"), ("first block", first_block)):
                 served = _served(admit, load, kv_tokens)
-                lost[name].append(_lost_tokens(served) / sum(map(sum, lengths)))
+                lost[name].append(served.lost_tokens / sum(map(sum, lengths)))
                 if kv_tokens == KV_TOKENS[1]:
                     spans_s[name] = served.makespan_s
     ours, other = lost["whole-prompt"][1], lost["first block"][1]
@@ -62,8 +57,7 @@ def loses() -> Measured:
     Compared with counting all of the output that may come.
     """
     load = Load([Request(f"r{index}", 100, 900, 0.05 * index) for index in range(120)])
-    with baseline("admit", ReserveAll) as reserve_all:
-        other = _served(reserve_all, load, 24_000)
+    other = _served("conservative", load, 24_000)
     ours = _served("whole-prompt", load, 24_000)
     gap_other, gap = (float(each.gaps_s().max()) for each in (other, ours))
     return Measured(
@@ -84,7 +78,7 @@ def live() -> Measured:
     with baseline("admit", FirstBlock) as first_block:
         other = serve_live(load, settings_of(admit=first_block), sizes)
     ours = serve_live(load, settings_of(admit="whole-prompt"), sizes)
-    lost_other, lost = _lost_tokens(other), _lost_tokens(ours)
+    lost_other, lost = other.lost_tokens, ours.lost_tokens
     return Measured(
         f"computed again {lost_other / 1000:.1f}k → {lost / 1000:.1f}k tokens; "
         f"all served in {other.makespan_s:.1f} → {ours.makespan_s:.1f} s; outputs identical",

@@ -6,7 +6,7 @@ import numpy as np
 
 from benchmarks.effects.baselines import Cheapest, Oldest, baseline
 from benchmarks.effects.effect import Claim, Effect, Measured
-from benchmarks.effects.live import LiveServed, same_outputs, serve_live
+from benchmarks.effects.live import same_outputs, serve_live
 from benchmarks.effects.serving import Load, Served, limits, serve, settings_of
 from penstock.core.request import Request
 from penstock.workloads.charts import Chart, Series
@@ -18,11 +18,6 @@ QUANTILES = tuple(index / 50 for index in range(51))
 
 def _served(preempt: str, load: Load, kv_tokens: int = KV_TOKENS) -> Served:
     return serve(load, settings_of(preempt=preempt), limits(kv_tokens))
-
-
-def _lost_tokens(served: Served | LiveServed) -> int:
-    stats = served.stats if isinstance(served, LiveServed) else served.twin.replica.stats()
-    return sum(stats.preempted_tokens_total.values())
 
 
 def wins() -> Measured:
@@ -48,7 +43,7 @@ def wins() -> Measured:
     )
     first = [f"r{index}" for index in range(20)]
     end_other, end = (float(each.values("e2e_s", first).mean()) for each in (other, ours))
-    lost_other, lost = _lost_tokens(other), _lost_tokens(ours)
+    lost_other, lost = other.lost_tokens, ours.lost_tokens
     return Measured(
         f"the first 20 of 80 end after {end_other:.1f} → {end:.1f} s; "
         f"computed again {lost_other / 1000:.0f}k → {lost / 1000:.0f}k tokens",
@@ -70,7 +65,7 @@ def loses() -> Measured:
     with baseline("preempt", Cheapest) as cheapest:
         other = _served(cheapest, Load([*short, *long]), KV_TOKENS_LONG)
     ours = _served("youngest-recompute", Load([*short, *long]), KV_TOKENS_LONG)
-    lost_other, lost = _lost_tokens(other), _lost_tokens(ours)
+    lost_other, lost = other.lost_tokens, ours.lost_tokens
     return Measured(
         f"tokens computed again {lost_other / 1000:.1f}k → {lost / 1000:.1f}k",
         (Claim("tokens computed again, youngest / cheapest", lost / max(1, lost_other), low=1.2),),
@@ -88,7 +83,7 @@ def live() -> Measured:
     end_other, end = (float(each.values("e2e_s", first).mean()) for each in (other, ours))
     return Measured(
         f"the first 4 of 16 end after {end_other:.1f} → {end:.1f} s; computed again "
-        f"{_lost_tokens(other)} → {_lost_tokens(ours)} tokens; outputs identical",
+        f"{other.lost_tokens} → {ours.lost_tokens} tokens; outputs identical",
         (
             Claim("end of the first quarter, oldest / youngest", end_other / end, low=1.3),
             same_outputs(ours, other),
