@@ -8,11 +8,13 @@ from dataclasses import replace
 import numpy as np
 
 from benchmarks.effects._agents import AgentsServed, serve_agents
-from benchmarks.effects._live_agents import RealTime, make_agents, run_agents
+from benchmarks.effects._live_agents import Agent, AgentsRun, RealTime, make_agents, run_agents
 from benchmarks.effects.effect import Claim, Effect, Measured
+from benchmarks.effects.live import BLOCK_TOKENS, TOKEN_IDS, live_engine
 from benchmarks.effects.serving import azure_lengths, limits, poisson, serve, settings_of
 from penstock.core.settings import Settings
 from penstock.policies.stack import make_stack_of
+from penstock.replica.limits import ReplicaLimits
 from penstock.replica.replica import Replica
 from penstock.workloads.charts import Chart, Series
 from penstock.workloads.programs import TOOLS, ProgramShape, program_rows
@@ -217,18 +219,13 @@ def long_programs_pay() -> Measured:
 
 def sleeping_tools() -> Measured:
     """The card's test 3: 12 programs of 6 turns, tools that sleep 0.2 s, a pool for 6 contexts."""
-    from benchmarks.effects.live import BLOCK_TOKENS, TOKEN_IDS, live_engine
-
-    engine = live_engine()
     turns, prompt, result, output = 6, 256, 32, 16
     context = prompt + (turns - 1) * (result + output) + output
     sizes = limits(6 * context, kv_block_tokens=BLOCK_TOKENS, running_max=12, context_len_max=1024)
     runs = []
     for preset in ("sarathi", "continuum"):
-        replica = Replica(sizes, make_stack_of(settings_of(preset)))
         agents = make_agents(12, turns, prompt, result, output, tool_s=0.2, ids=TOKEN_IDS)
-        runs.append(run_agents(engine.executor, replica, agents, RealTime()))
-        engine.executor.reset()
+        runs.append(_live(agents, sizes, settings_of(preset)))
     lru, pinned = runs
     return Measured(
         f"returning turns that find all their KV {lru.hit_frac:.0%} → {pinned.hit_frac:.0%}; "
@@ -236,26 +233,44 @@ def sleeping_tools() -> Measured:
         (
             Claim("turns that find their KV under LRU", lru.hit_frac, high=0.4),
             Claim("turns that find their KV with pins", pinned.hit_frac, low=0.8),
+            _differing(lru, pinned),
+        ),
+    )
+
+
+def by_program_live() -> Measured:
+    """SmolLM2-135M: 9 programs of 4 turns, tools that answer at once, a pool for 3 contexts and no pins."""
+    turns, prompt, result, output = 4, 160, 16, 4
+    context = prompt + (turns - 1) * (result + output) + output
+    sizes = limits(3 * context + BLOCK_TOKENS, running_max=3, context_len_max=1024)
+    runs = []
+    for rank in ("fcfs", "program-fcfs"):
+        agents = make_agents(9, turns, prompt, result, output, tool_s=0.0, ids=TOKEN_IDS)
+        runs.append(_live(agents, sizes, settings_of("continuum", rank=rank, retain="lru")))
+    by_turn, by_program = runs
+    return Measured(
+        f"returning turns that find all their KV {by_turn.hit_frac:.0%} → {by_program.hit_frac:.0%}; "
+        f"mean job {by_turn.mean_job_s:.1f} → {by_program.mean_job_s:.1f} s; outputs equal",
+        (
+            Claim("turns that find their KV, by turn", by_turn.hit_frac, high=0.2),
+            Claim("turns that find their KV, by program", by_program.hit_frac, low=0.8),
             Claim(
-                "outputs that differ", sum(lru.outputs[i] != pinned.outputs[i] for i in lru.outputs), high=0
+                "mean job time, by program / by turn", by_program.mean_job_s / by_turn.mean_job_s, high=0.75
             ),
+            _differing(by_turn, by_program),
         ),
     )
 
 
 def last_turns_live() -> Measured:
     """SmolLM2-135M: 6 programs of 3 turns beside 16 of one long answer, in KV for nine of those."""
-    from benchmarks.effects.live import TOKEN_IDS, live_engine
-
-    engine, runs = live_engine(), []
+    runs = []
     for preempt in ("youngest-recompute", "program"):
         agents = make_agents(22, 3, 64, 24, 96, tool_s=0.0, ids=TOKEN_IDS)[:6]
         singles = make_agents(22, 1, 32, 0, 128, tool_s=0.0, ids=TOKEN_IDS)[6:]
         agents += [replace(single, name=f"single-{single.name}") for single in singles]  # behind the others
         sizes = limits(1_500, context_len_max=1024)
-        replica = Replica(sizes, make_stack_of(settings_of("continuum", preempt=preempt)))
-        runs.append(run_agents(engine.executor, replica, agents, RealTime()))
-        engine.executor.reset()
+        runs.append(_live(agents, sizes, settings_of("continuum", preempt=preempt)))
     youngest, program = runs
     spared = [each.last_turns_preempted for each in runs]
     return Measured(
@@ -265,13 +280,23 @@ def last_turns_live() -> Measured:
             Claim("mean job time, program / youngest", program.mean_job_s / youngest.mean_job_s, high=0.9),
             Claim("last turns preempted, youngest", spared[0], low=12),
             Claim("the same, program / youngest", spared[1] / spared[0], high=0.6),
-            Claim(
-                "outputs that differ",
-                sum(youngest.outputs[name] != program.outputs[name] for name in youngest.outputs),
-                high=0,
-            ),
+            _differing(youngest, program),
         ),
     )
+
+
+def _live(agents: Sequence[Agent], sizes: ReplicaLimits, settings: Settings) -> AgentsRun:
+    """On the real CPU engine, and in real time."""
+    executor = live_engine().executor
+    try:
+        return run_agents(executor, Replica(sizes, make_stack_of(settings)), agents, RealTime())
+    finally:
+        executor.reset()
+
+
+def _differing(before: AgentsRun, after: AgentsRun) -> Claim:
+    outputs = before.outputs
+    return Claim("outputs that differ", sum(outputs[name] != after.outputs[name] for name in outputs), high=0)
 
 
 EFFECTS = (
@@ -292,7 +317,7 @@ EFFECTS = (
         "LRU (card continuum, test 1)",
         overload,
         uneven_programs,
-        not_live="shown with `retain = continuum`, in whose run the order is this one",
+        by_program_live,
         settings={"preset": "continuum"},
     ),
     Effect(
