@@ -228,6 +228,17 @@ def test_a_prefix_lives_as_long_as_its_group() -> None:
     assert len(retain) == 0
 
 
+def test_what_lies_behind_the_prefix_is_kept_like_anybodys() -> None:
+    """23 tokens have KV, so five full blocks: four of the prefix that the next member needs, and one more."""
+    drive = Drive(running_max=1)
+    drive.submit(member("g", 0, own_len=5), member("g", 1))
+    while not drive.ended:
+        drive.step()
+    retain = drive.replica._stack.retain
+    assert [len(blocks) for blocks in retain._kept.values()] == [4]  # type: ignore[attr-defined]
+    assert len(retain._others) == 1  # type: ignore[attr-defined]
+
+
 def test_a_group_that_comes_back_finds_what_is_left() -> None:
     context = Context()
     retain = PrefixLifetime(context, None)  # type: ignore[arg-type]
