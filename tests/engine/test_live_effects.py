@@ -36,3 +36,14 @@ def test_a_load_is_served_as_it_says(tmp_path: Path) -> None:
         assert len(served.gaps_s()) == 4 * 5 + 1
         assert all(outcome.ttft_s > 0 for outcome in served.outcomes.values() if outcome.ttft_s is not None)
     assert runs["sarathi"].tokens == runs["prefill-first"].tokens, "outputs do not depend on scheduling"
+
+
+@pytest.mark.model
+def test_kv_goes_to_the_host_and_comes_back() -> None:
+    load = Load([Request(f"r{index}", 32, 40, 0.0) for index in range(4)])
+    roomy = serve_live(load, settings_of(), limits(2000))
+    sizes = limits(192, prefix_cache=False, host_kv_blocks=32)
+    swapped = serve_live(load, settings_of(preempt="swap"), sizes)
+    assert swapped.preemptions and not sum(swapped.stats.preempted_tokens_total.values())
+    assert swapped.tokens == roomy.tokens
+    assert serve_live(load, settings_of(), limits(192)).tokens == roomy.tokens, "the host's KV is gone again"
