@@ -43,8 +43,11 @@ from penstock.core.metrics import RequestOutcome
 from penstock.core.reasons import CancelReason, FinishReason
 from penstock.core.request import Request
 from penstock.core.settings import PolicySettings, Settings, TenantSettings
-from penstock.policies.stack import REGISTRIES, conflict_in, make_stack, rank_class
+from penstock.core.step import StepResult
+from penstock.policies.lanes import Lane
+from penstock.policies.stack import REGISTRIES, conflict_in, lanes_split, make_stack, rank_class
 from penstock.replica.journal import Journal, header
+from penstock.replica.laned import LanedReplica
 from penstock.replica.limits import ReplicaLimits
 from penstock.replica.replica import Replica
 from penstock.replica.sequence import Sequence as Content
@@ -52,9 +55,11 @@ from penstock.twin.costs.model import Seconds, decode_ramp
 from penstock.twin.costs.work import StepCost, StepWork
 from penstock.twin.exact import replay_journal
 from penstock.twin.laned import make_twin
+from penstock.twin.vopr.laned_host import TwoPhaseExecutor
 from penstock.twin.vopr.strict_executor import StrictExecutor
 
 REQUESTS: Final = 10_000
+NEVER: Final = float("inf")
 STARVES_NOBODY: Final = ("fcfs", "vtc", "uwfq", "shortest-prompt-aged")  # ranks that say so
 STARVED_FRAC: Final = 0.8  # who ends behind so many that came later has starved
 COPY_STEPS_MAX: Final = 50  # steps until every copy has landed
@@ -159,7 +164,7 @@ def settings_for(names: Names) -> Settings:
 
 def run_pair(names: Names, requests: int = REQUESTS, sample: int = SAMPLE, seed: int = 1) -> PairResult:
     """Every promise about this stack. Raises PairFailed, or whatever the product raises."""
-    found = PairRun(names, draw_load(requests, seed)).run()
+    found = run_of(names, draw_load(requests, seed)).run()
     few = draw_load(min(sample, requests), seed + 1)
     check_journal(names, few)
     check_leaps(names, few)
@@ -184,9 +189,9 @@ class PairRun:
     """One stack under one load in virtual time, on an executor that checks all KV that it reads."""
 
     def __init__(self, names: Names, load: PairLoad, journal: Journal | None = None) -> None:
-        self._replica = Replica(sizes_for(names), make_stack(PolicySettings(**names), TERMS))
-        self._executor = StrictExecutor(BLOCK_TOKENS, SmallCost(), lambda request_id, value: None)
         self._names = names
+        self._make_replica()
+        self._was_idle = False
         self._load = load
         self._journal = journal
         self._next: dict[str, Turn] = {}  # by the id of the request before it
@@ -210,27 +215,9 @@ class PairRun:
             for program in self._load.programs
             for turn in program
         )
-        was_idle = False
         while len(self.ends) < self._load.count:
             self._arrive()
-            plan = self._replica.plan(self._now_s)
-            if self._journal is not None and not (plan is None and was_idle):
-                self._journal.planned(plan, self._now_s)
-            was_idle = plan is None
-            if plan is None:
-                is_over = len(self.ends) == self._load.count  # the last one was just cancelled
-                require(bool(self._coming) or is_over, "a request is lost: nothing runs, and nothing comes")
-                self._now_s = max(self._now_s, self._coming[0][0]) if self._coming else self._now_s
-                continue
-            result = self._executor.execute(plan)
-            self._now_s += result.duration_s
-            events = self._replica.complete(plan, result, self._now_s)
-            if self._journal is not None:
-                self._journal.completed(result, events, self._now_s)
-            for event in events:
-                self._take(event)
-            self._replica.check_invariants()
-            self._steps += 1
+            self._turn()
             require(self._steps <= STEPS_PER_TOKEN * tokens, "somebody starves: far too many steps")
         self._check_end()
         stats = self._replica.stats()
@@ -241,6 +228,36 @@ class PairRun:
             stats.preemptions_total,
             stats.prefix_hit_tokens_total,
         )
+
+    def _make_replica(self) -> None:
+        self._replica = Replica(sizes_for(self._names), make_stack(PolicySettings(**self._names), TERMS))
+        self._executor = StrictExecutor(BLOCK_TOKENS, SmallCost(), lambda request_id, value: None)
+
+    def _turn(self) -> None:
+        """One step, or on to the next arrival where there is none to make."""
+        plan = self._replica.plan(self._now_s)
+        if self._journal is not None and not (plan is None and self._was_idle):
+            self._journal.planned(plan, self._now_s)
+        self._was_idle = plan is None
+        if plan is None:
+            self._skip_to_arrival()
+            return
+        result = self._executor.execute(plan)
+        self._now_s += result.duration_s
+        self._account(result, self._replica.complete(plan, result, self._now_s))
+
+    def _skip_to_arrival(self) -> None:
+        is_over = len(self.ends) == self._load.count  # the last one was just cancelled
+        require(bool(self._coming) or is_over, "a request is lost: nothing runs, and nothing comes")
+        self._now_s = max(self._now_s, self._coming[0][0]) if self._coming else self._now_s
+
+    def _account(self, result: StepResult, events: Sequence[ReplicaEvent], lane: Lane | None = None) -> None:
+        if self._journal is not None:
+            self._journal.completed(result, events, self._now_s, lane)
+        for event in events:
+            self._take(event)
+        self._replica.check_invariants()
+        self._steps += 1
 
     def _arrive(self) -> None:
         while self._coming and self._coming[0][0] <= self._now_s:
@@ -319,6 +336,63 @@ class PairRun:
         require(arrivals == sorted(arrivals), "first come, first served, and somebody was overtaken")
 
 
+class LanedPairRun(PairRun):
+    """The same with two lanes, whose steps overlap; arrivals and cancels come while they run."""
+
+    def _make_replica(self) -> None:
+        self._replica = self._laned = LanedReplica(
+            sizes_for(self._names), make_stack(PolicySettings(**self._names), TERMS)
+        )
+        self._cost = SmallCost()
+        self._two_phase = TwoPhaseExecutor(BLOCK_TOKENS, self._cost, lambda request_id, value: None)
+        self._in_progress: dict[Lane, tuple[float, float]] = {}  # began and ends
+
+    def _turn(self) -> None:
+        for lane in self._laned.plan_order:
+            if lane not in self._in_progress:
+                self._begin(lane)
+        self._laned.check_invariants()
+        ends_s = min((end_s for _, end_s in self._in_progress.values()), default=NEVER)
+        comes_s = self._coming[0][0] if self._coming else NEVER
+        leaves_s = self._cancels[0][0] if self._cancels else NEVER
+        if ends_s < min(comes_s, leaves_s):
+            self._now_s = ends_s
+            self._end_lanes()
+        elif min(comes_s, leaves_s) < NEVER:
+            self._now_s = max(self._now_s, min(comes_s, leaves_s))
+        else:
+            self._skip_to_arrival()
+
+    def _begin(self, lane: Lane) -> None:
+        step = self._laned.plan_lane(lane, self._now_s)
+        if self._journal is not None:
+            self._journal.planned(None if step is None else step.plan, self._now_s, lane)
+        if step is not None:
+            seconds = self._cost.seconds(self._two_phase.begin(step))
+            self._in_progress[lane] = self._now_s, self._now_s + seconds
+
+    def _end_lanes(self) -> None:
+        """Of the steps that end now."""
+        for lane in [each for each, (_, end_s) in self._in_progress.items() if end_s <= self._now_s]:
+            began_s, end_s = self._in_progress.pop(lane)
+            result = self._two_phase.end(lane)
+            result.duration_s = end_s - began_s
+            events = self._laned.complete_lane(self._laned.in_progress[lane], result, self._now_s)
+            self._account(result, events, lane)
+
+    def _let_copies_land(self) -> None:
+        """There are none; but a step may go on of somebody who was cancelled."""
+        while self._in_progress:
+            self._now_s = min(end_s for _, end_s in self._in_progress.values())
+            self._end_lanes()
+
+
+def run_of(names: Names, load: PairLoad, journal: Journal | None = None) -> PairRun:
+    """One stack under one load, ready to run."""
+    kind = LanedPairRun if lanes_split(PolicySettings(**names)) else PairRun
+    return kind(names, load, journal)
+
+
 def require(holds: bool, what: str) -> None:
     if not holds:
         raise PairFailed(what)
@@ -329,7 +403,7 @@ def check_journal(names: Names, load: PairLoad) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "journal.jsonl"
         with closing(LineFile(path, header(sizes_for(names), PolicySettings(**names), TERMS))) as file:
-            PairRun(names, load, Journal(BLOCK_TOKENS, b"pairs", file.write)).run()
+            run_of(names, load, Journal(BLOCK_TOKENS, b"pairs", file.write)).run()
         replayed = replay_journal(path)
     require(replayed.difference is None, f"journal: {replayed.difference}")
     require(replayed.ends > 0, "journal: nothing ended")
@@ -338,7 +412,7 @@ def check_journal(names: Names, load: PairLoad) -> None:
 def place_of_unloved(names: Names) -> float:
     """Where a long prompt of a small tenant ends in a flood of short ones of another: 0 first, 1 last."""
     load = draw_flood()
-    run = PairRun(names, load)
+    run = run_of(names, load)
     run.run()
     return list(run.ends).index(UNLOVED) / (load.count - 1)
 

@@ -12,11 +12,11 @@ from benchmarks.effects.baselines import ShortestPrompt, baseline
 from benchmarks.effects.pair_load import draw_load
 from benchmarks.effects.pairs import (
     PairFailed,
-    PairRun,
     all_pairs,
     check_leaps,
     check_refused,
     place_of_unloved,
+    run_of,
     run_pair,
     stack_with,
 )
@@ -58,7 +58,7 @@ def test_the_load_does_what_it_is_for() -> None:
     assert sum(bool(request.stop_token_ids) for request in requests) > 50
     assert {request.slo_class for request in requests} == {"chat", "batch", "default"}
     assert any(turn.cancel_after_s for program in load.programs for turn in program)
-    result = PairRun(DEFAULTS, load).run()
+    result = run_of(DEFAULTS, load).run()
     assert result.preemptions > 5 and result.hits > 1000
 
 
@@ -79,7 +79,7 @@ def test_a_lost_token_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Replica, "complete", forgetful)
     with pytest.raises(PairFailed, match="and not"):
-        PairRun(DEFAULTS, draw_load(100, seed=1)).run()
+        run_of(DEFAULTS, draw_load(100, seed=1)).run()
 
 
 def test_a_policy_that_counts_calls_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,4 +100,4 @@ def test_a_retain_policy_that_gives_away_what_is_read_is_found(monkeypatch: pyte
     """It forgets that a block was revived, and names it as the next to drop."""
     monkeypatch.setattr(Lru, "revived", lambda self, block: None)
     with pytest.raises(AssertionError):
-        PairRun(DEFAULTS, draw_load(300, seed=3)).run()
+        run_of(DEFAULTS, draw_load(300, seed=3)).run()

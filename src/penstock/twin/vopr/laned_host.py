@@ -103,7 +103,7 @@ class LanedHost(EngineHost):
     def _start_afresh(self) -> None:
         self._running: dict[Lane, _InProgress] = {}
         self._replica = self._laned = LanedReplica(self._limits, make_stack(self._system.policies))
-        self._two_phase = _TwoPhaseExecutor(
+        self._two_phase = TwoPhaseExecutor(
             self._system.block_tokens, self.cost, self._checkers.block_computed
         )
         self._executor = self._two_phase
@@ -117,7 +117,7 @@ class _Task:
     live: Live
 
 
-class _TwoPhaseExecutor(StrictExecutor):
+class TwoPhaseExecutor(StrictExecutor):
     """Reads at both ends of a step, and writes at the last moment."""
 
     def __init__(self, block_tokens: int, cost: CostModel, on_block: OnBlock) -> None:
