@@ -298,3 +298,18 @@ def test_who_was_promised_nothing_may_be_taken_for_a_chat() -> None:
         assert (assumed.reward, assumed.by_s, assumed.tier) == (said.reward, said.by_s, said.tier)
     job = judged(policy, seq(1, 200, slo=JOB), now_s=1.0)
     assert job.reward == judged(make(), seq(1, 200, slo=JOB), now_s=1.0).reward
+
+
+def test_a_batch_is_behind_everybody_and_gives_way_but_keeps_what_it_was_promised() -> None:
+    policy = make(assumed_ttft_ms=2000, assumed_tpot_ms=100)
+    batch, chat = seq(0, 200, priority=1_000_000), seq(1, 200)
+    late = seq(2, 200, slo=Slo(ttft_ms=1.0))
+    for each in (batch, chat, late):
+        policy._jobs[each.arrival_index] = judged(policy, each, now_s=1.0)
+    order = sorted((batch, chat, late), key=lambda each: policy.key(each, 1.0))  # type: ignore[arg-type]
+    assert order == [chat, late, batch]
+    policy._jobs[1].tier = Tier.CHOSEN
+    assert policy.outranks(chat, batch, 1.0)  # type: ignore[arg-type]
+    assert not policy.outranks(batch, late, 1.0)  # type: ignore[arg-type]
+    promised = judged(policy, seq(3, 200, priority=1_000_000, slo=JOB))
+    assert promised.tier is Tier.OTHERS and promised.reward == judged(policy, seq(4, 200, slo=JOB)).reward

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from benchmarks.effects.serving import Load, limits, serve, settings_of
 from fake_executor import FakeExecutor
@@ -164,3 +165,17 @@ def test_the_twins_leaps_change_nothing(admit: str) -> None:
         ends.append({name: (each.finish_s, each.output_tokens) for name, each in served.outcomes.items()})
         assert served.preemptions > 0
     assert ends[0] == ends[1]
+
+
+def test_chats_do_not_wait_for_a_batch_under_the_default_preset() -> None:
+    """Two hundred long requests at once beside chats that were promised nothing; 32 places."""
+    chats = [Request(f"c{index}", 600, 120, 0.125 * index) for index in range(200)]
+    door = "[desk]\nqueue_requests_max = 65536\nqueue_wait_s_max = 1e6\nqueue_tokens_max = 1000000000"
+
+    def p99_s(priority: int) -> float:
+        batch = [Request(f"b{i}", 1500, 300, 0.5, slo_class="batch", priority=priority) for i in range(200)]
+        load = Load(sorted([*chats, *batch], key=lambda each: each.arrival_s))
+        served = serve(load, settings_of("penstock", door), limits(60_000, running_max=32))
+        return float(np.quantile(served.values("ttft_s", [each.id for each in chats]), 0.99))
+
+    assert p99_s(1_000_000) <= 0.3 * p99_s(0)

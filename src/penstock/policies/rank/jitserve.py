@@ -80,8 +80,9 @@ class JitServe(Rank):
         chosen  for free places, of the best `top_factor` times as many, the window of like lengths with the
                 largest sum of priorities; and as many calls of a program as its work needs on average
 
-    then the other kept ones, then those left out, by priority; last what has missed a target for good, which
-    is served when there is room. So who has slack waits, and what cannot be in time costs nobody else.
+    then the other kept ones, then those left out, by priority; then what has missed a target for good, which
+    is served when there is room. So who has slack waits, and what cannot be in time costs nobody else. Last
+    of all who was promised nothing and has a `priority` above 0, as the requests of batches have.
 
     Who waits and is due or chosen outranks who runs and is neither, if it would be late without a place in
     this frame, if the other is late, or for `swap_gain` times the priority. It takes a `preempt` policy that
@@ -156,7 +157,7 @@ class JitServe(Rank):
         ours, theirs = self._jobs[head.arrival_index], self._jobs[other.arrival_index]
         if ours.tier > Tier.CHOSEN or theirs.tier <= Tier.CHOSEN:
             return False
-        if ours.slack_s < self._clock.frame_s + self._clock.step_s or theirs.tier is Tier.LATE:
+        if ours.slack_s < self._clock.frame_s + self._clock.step_s or theirs.tier >= Tier.LATE:
             return True
         return ours.priority >= self._options.swap_gain * theirs.priority
 
@@ -166,7 +167,7 @@ class JitServe(Rank):
         jobs = [self._judge(sequence, now_s) for sequence in self._sequences.values()]
         self._jobs = {job.sequence.arrival_index: job for job in jobs}
         programs = merge_programs(jobs)
-        hopeful = sorted((job for job in jobs if job.tier is not Tier.LATE), key=Job.by_priority)
+        hopeful = sorted((job for job in jobs if job.tier < Tier.LATE), key=Job.by_priority)
         places = self._places(hopeful)
         for job in hopeful:
             job.tier, job.cost_s = Tier.KEPT, job.prompt_s + job.left_s / places
@@ -217,7 +218,7 @@ class JitServe(Rank):
 
     def _top_up(self, calls: Sequence[Job], now_s: float) -> None:
         """A program needs so many calls in the batch, on average, until its next deadline."""
-        open_calls = [job for job in calls if job.tier is not Tier.LATE and job.end_s < NEVER]
+        open_calls = [job for job in calls if job.tier < Tier.LATE and job.end_s < NEVER]
         if len(open_calls) < 2:
             return  # for one call this is what being due means
         time_left_s = max(min(job.end_s for job in open_calls) - now_s, self._clock.step_s)
@@ -252,7 +253,7 @@ class JitServe(Rank):
             job.slack_s = min(job.slack_s, due.first_s - first_s)
         job.by_s = now_s + job.slack_s
         is_late = first_s > due.first_s or soon_s > soon_due_s
-        job.tier = Tier.LATE if is_late else Tier.OTHERS
+        job.tier = Tier.BACKGROUND if due.is_background else Tier.LATE if is_late else Tier.OTHERS
         arrival_s = request.arrival_s
         on_end = self._ratio(job.end_s - arrival_s, now_s + job.left_s - arrival_s)
         prompt = PREFILL_WEIGHT * request.prompt_len

@@ -26,6 +26,7 @@ class Tier(IntEnum):
     KEPT = 2  # can be in time, and has slack
     OTHERS = 3  # left out, so that the others can be in time
     LATE = 4  # has missed a target for good
+    BACKGROUND = 5  # was promised nothing, and asked to come after others
 
 
 class Job:
@@ -110,11 +111,12 @@ def best_window(jobs: Sequence[Job], size: int) -> Sequence[Job]:
 class Dues:
     """What one request was promised, or is `assumed` where nothing was, as instants."""
 
-    __slots__ = ("_answer_s", "_pace_s", "first_s", "promise")
+    __slots__ = ("_answer_s", "_pace_s", "first_s", "is_background", "promise")
 
     def __init__(self, request: Request, book: SloBook, assumed: Slo) -> None:
         slo = book.of(request)
-        if slo.is_empty:
+        self.is_background = slo.is_empty and request.priority > 0
+        if slo.is_empty and not self.is_background:
             slo = assumed
         self.promise = promise_of(slo, request)
         self.first_s = _instant(request, slo.ttft_ms)
