@@ -76,7 +76,7 @@ def test_exact_lengths_are_asked_and_measured() -> None:
         assert len(body["prompt"]) == row.prompt_tokens
         assert body["max_tokens"] == body["min_tokens"] == row.output_tokens
         assert body["ignore_eos"] is True and body["stream_options"] == {"include_usage": True}
-        assert body.get("session_id") == row.session_id
+        assert body.get("session_id") == body.get("program_id") == row.session_id
     outcomes = {exchange.outcome.request_id: exchange.outcome for exchange in run.exchanges}
     assert [outcomes[f"replay-{i}"].output_tokens for i in range(3)] == [3, 1, 20]
     assert {outcome.finish for outcome in outcomes.values()} == {FinishReason.LENGTH}

@@ -109,5 +109,9 @@ def policies(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")
                 print(f"  {'':<20} {name} = {option['default']}: {option['help']}")
     print("presets")
     for name, preset in presets.items():
-        stack = ", ".join(f"{slot}={policy}" for slot, policy in preset["policies"].items())
+        slots_of = {slot: policy for slot, policy in preset["policies"].items() if slot != "options"}
+        stack = ", ".join(f"{slot}={policy}" for slot, policy in slots_of.items())
         print(f"  {name:<20} {preset['summary']}\n  {'':<20} {stack}")
+        for policy, table in preset["policies"].get("options", {}).items():
+            for option, value in table.items():
+                print(f"  {'':<20} {policy}.{option} = {value}")

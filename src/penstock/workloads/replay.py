@@ -40,7 +40,7 @@ class ReplayOptions:
     concurrency_max: int = 4096
     timeout_s: float = 600.0
     text_prompts: bool = False
-    standard_fields: bool = False  # only what OpenAI defines: no ignore_eos, min_tokens, session_id
+    standard_fields: bool = False  # only what OpenAI defines: no ignore_eos, session_id, ...
     slo: Slo = Slo()  # for the live goodput
 
 
@@ -213,8 +213,8 @@ def body_maker(target: Target, options: ReplayOptions, fit: TextFit | None) -> B
         body |= fields(content, row, options.standard_fields)
         if not options.standard_fields:
             body |= {"min_tokens": row.output_tokens, "ignore_eos": True}
-            if row.session_id is not None:
-                body["session_id"] = row.session_id
+            if row.session_id is not None:  # a session is one program's, as the twin has it
+                body |= {"session_id": row.session_id, "program_id": row.session_id}
         return json.dumps(body, separators=(",", ":")).encode()
 
     return make_body
