@@ -92,7 +92,8 @@ class VirtualTime:
     def now_s(self) -> float:
         return self._now_s
 
-    def stepped(self) -> None:
+    def stepped(self, result: StepResult) -> None:
+        result.duration_s = self._step_s  # policies learn from it
         self._now_s += self._step_s
 
     def wait(self, until_s: float) -> None:
@@ -108,7 +109,7 @@ class RealTime:
     def now_s(self) -> float:
         return time.perf_counter() - self._began_s
 
-    def stepped(self) -> None:
+    def stepped(self, result: StepResult) -> None:
         pass
 
     def wait(self, until_s: float) -> None:
@@ -159,7 +160,7 @@ def run_agents(
             clock.wait(due[0][0])
             continue
         result = executor.execute(plan)
-        clock.stepped()
+        clock.stepped(result)
         for event in replica.complete(plan, result, clock.now_s()):
             name = event.request_id.split("/")[0]
             if isinstance(event, Admitted) and not event.resumed:
