@@ -58,7 +58,7 @@ class SemiPd(Lanes):
         self._tpot_s = _target_s(options.tpot_ms, [slo.tpot_ms for slo in slos], TPOT_MS)
         self._shares = Shares(options.prefill_frac, options.decode_frac)
         self._ready_s = 0.0  # when the present shares were, or will be, in force
-        self._window = _Window(0.0)
+        self._window = _Window(None)
         self._decoding: dict[
             int, tuple[float, int, SequenceView]
         ] = {}  # since when, and with how much output
@@ -79,6 +79,8 @@ class SemiPd(Lanes):
     # ---- what it observes -----------------------------------------------------------------------------
 
     def submitted(self, sequence: SequenceView, now_s: float) -> None:
+        if self._window.began_s is None:
+            self._window.began_s = now_s
         self._window.arrivals += 1
 
     def decoding(self, sequence: SequenceView, now_s: float) -> None:
@@ -109,7 +111,7 @@ class SemiPd(Lanes):
         for waiting in islice(view.waiting, _WAITING_MAX):
             if waiting.first_token_s is None and now_s - waiting.request.arrival_s > self._ttft_s:
                 window.ttfts.append(now_s - waiting.request.arrival_s)
-        if window.began_s < self._ready_s:
+        if window.began_s is not None and window.began_s < self._ready_s:
             return  # it has seen two pairs of shares
         ttft_s, tpot_s = (_quantile(each, self._options.percentile) for each in (window.ttfts, window.tpots))
         total = self._shares.prefill + self._shares.decode
@@ -138,9 +140,9 @@ class SemiPd(Lanes):
 
 
 class _Window:
-    """What was seen since `began_s`. Samples beyond the bound are left out."""
+    """What was seen since `began_s`, the first since somebody came. Samples beyond the bound are left out."""
 
-    def __init__(self, began_s: float) -> None:
+    def __init__(self, began_s: float | None) -> None:
         self.began_s = began_s
         self.steps = 0
         self.arrivals = 0
@@ -159,7 +161,9 @@ class _Window:
             self.tpots.append(seconds / count)
 
     def rate_rps(self, now_s: float) -> float:
-        return self.arrivals / (now_s - self.began_s) if now_s > self.began_s else 0.0
+        if self.began_s is None or now_s <= self.began_s:
+            return 0.0
+        return self.arrivals / (now_s - self.began_s)
 
     def service_s(self, share: float) -> float:
         """Prefill seconds of a request on the whole device: its speed is taken to be its share."""
