@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 from typing import Final
 
-FEW_ROWS: Final = 8  # measured with benchmarks/threads.py: from here on the second thread saves a tenth
+FEW_ROWS: Final = 8  # measured with benchmarks/threads.py: from here on the second thread saves a third
 SPIN_COUNT: Final = 3000  # turns of libgomp's waiting loop, some 30 µs; benchmarks/threads.py --spins
 
 _WAIT_SETTINGS: Final = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
