@@ -25,6 +25,7 @@ from penstock.core.request import Request
 from penstock.core.settings import Settings
 from penstock.replica.limits import ReplicaLimits
 from penstock.twin.costs.hardware import load_engine, load_hardware
+from penstock.twin.costs.knee import KNEE_FRAC
 from penstock.twin.costs.model import CostModel
 from penstock.twin.costs.roofline import RooflineCostModel
 from penstock.twin.costs.spec import ModelSpec, Parallel
@@ -41,7 +42,6 @@ MISSES_MAX = 0.03
 PASS_TOKENS, PROMPT_FIRST_TOKENS = 1024, 4096
 RATE_RPS, REQUESTS, H100_PASS_TOKENS = 15.0, 600, 256
 LIVE_PASSES = (32, 64, 128, 256, 512, 1024)
-KNEE_FRAC = 0.9  # of the best throughput
 
 
 @cache
