@@ -9,6 +9,8 @@ import pytest
 from benchmarks.effects._conversations import chats, serve_chats
 from benchmarks.effects.serving import Served, limits, llama_8b, settings_of
 
+from penstock.twin.vopr import Call, Script, System, run_checked
+
 OPTIONS = '[policies.options.fastswitch]\nmode = "{mode}"\ninterval_steps = 25\n'
 
 
@@ -46,3 +48,19 @@ def test_copies_overlap_steps() -> None:
     stats = served("random", "fastswitch", True, 2.0).twin.replica.stats()
     seconds = stats.swap_bytes_total["out"] / 2e9 + stats.swap_bytes_total["in"] / 2e9
     assert seconds > 5.0 and stats.swap_stall_s_total < 0.5 * seconds
+
+
+def test_who_is_copied_in_leaves_the_steps_room_to_others() -> None:
+    """Four siblings, a room of one token beside two decodes, and one sequence on its way back: vopr 58130.
+
+    The next in line starts with the very step, and not with the one after, where a leap would pass it by.
+    """
+    system = System(
+        kv_blocks=17, block_tokens=4, running_max=4, step_tokens=3, context_len=108, prefix_cache=False,
+        repeat=True, admit="aggressive", preempt="fastswitch", host_kv_blocks=1, copy_block_s=0.001,
+        step_base_s=0.01, step_token_s=0.0005, link_s=0.001,
+    )  # fmt: skip
+    call = Call("c", 4.87, choices=4, prompt_tokens=10, output_tokens=22, content=11)
+    result = run_checked(Script(0, system, (call,), ()), thoroughly=True)
+    assert result.is_ok, result.failure
+    assert result.preemptions == 1

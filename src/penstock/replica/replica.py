@@ -250,6 +250,8 @@ class Replica(Results):
         if swapping.is_busy and needed > self._pool.available:
             return Refusal(candidate, WaitReason.KV_COPY), 0  # room is on its way
         self._start(sequence, cached_blocks, reserve_len, now_s, restored_len)
+        if sequence.seq_id in swapping.loading:
+            return None, 0  # the step has room for others while it is copied
         return None, sequence.total_len - max(candidate.cached_len, restored_len)
 
     def _make_room(self, refusal: Refusal, now_s: float) -> bool:
