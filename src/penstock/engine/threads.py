@@ -9,7 +9,7 @@ thread spins for some microseconds and then sleeps. Both ends of that scale were
 - A thread that spins on while its partner is scheduled away burns the very core that the partner waits for;
   beside one busy neighbour a step then takes many times as long.
 
-Steps of few rows are bound by reading weights. They run on one thread, and leave a core to the gateway.
+A step of one row is bound by reading weights. It runs on one thread, and leaves a core to the gateway.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 from typing import Final
 
-FEW_ROWS: Final = 8  # measured with benchmarks/threads.py: from here on the second thread saves a third
+FEW_ROWS: Final = 2  # measured with benchmarks/threads.py and behind the gateway (docs/engine.md)
 SPIN_COUNT: Final = 3000  # turns of libgomp's waiting loop, some 30 µs; benchmarks/threads.py --spins
 
 _WAIT_SETTINGS: Final = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
