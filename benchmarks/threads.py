@@ -3,7 +3,8 @@
     python -m benchmarks.threads [--spins] [--write]
 
 Times steps of the embedded model on one thread and on all, interleaved, in this process: decodes of 1 to 64
-sequences, and prompt chunks. `FEW_ROWS` of engine/threads.py is read off this table, made on an idle machine.
+sequences, and prompt chunks. `FEW_ROWS` of engine/threads.py is read off this table, made on an idle machine,
+and off a run behind the gateway (docs/engine.md).
 `--spins` adds a second table, from which `SPIN_COUNT` is read: step times over how long idle threads spin, on
 an otherwise idle machine, beside a half busy and beside a fully busy neighbour process.
 """

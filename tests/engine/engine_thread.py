@@ -13,6 +13,16 @@ from penstock.engine.commands import Close
 from penstock.replica.messages import ReplicaInfo
 
 WAIT_S = 60.0
+TINY_REPLICA = """
+[replica]
+device = "cpu"
+dtype = "float32"
+threads = 1
+kv_memory = "450KiB"
+kv_block_tokens = 8
+context_len = 320
+check_invariants_steps = 1
+"""
 
 
 class EngineThread:

@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import replace
 
 import pytest
-from engine_thread import WAIT_S, EngineThread
+from engine_thread import TINY_REPLICA, WAIT_S, EngineThread
 from tiny_model import Source, write_tiny_llama
 
 from penstock.core.config import resolve
@@ -22,18 +22,7 @@ from penstock.engine.executor import StepWork
 from penstock.engine.loop import FAILURES_MAX
 from penstock.policies.stack import load_preset
 
-SETTINGS = """
-[replica]
-device = "cpu"
-dtype = "float32"
-threads = 1
-kv_memory = "450KiB"
-kv_block_tokens = 8
-context_len = 320
-check_invariants_steps = 1
-[policies.options.static]
-decode_frac = 1.0
-"""
+SETTINGS = f"{TINY_REPLICA}[policies.options.static]\ndecode_frac = 1.0\n"
 REQUEST = Request(
     "a", 30, 200, 0.0, prompt_tokens=list(range(3, 33)), sampling=SamplingParams(temperature=0.0)
 )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_thread import WAIT_S, EngineThread
+from engine_thread import TINY_REPLICA, WAIT_S, EngineThread
 from tiny_model import Source, write_tiny_llama
 
 from penstock.core.config import resolve
@@ -35,17 +35,11 @@ VOCAB = 128
 SINGLES, PROGRAMS, TURNS = 40, 8, 4
 OPEN_MAX = 20
 SYSTEM = [[3 + (37 * index + 11 * number) % 120 for index in range(24 + 16 * number)] for number in range(3)]
-SETTINGS = """
-[replica]
-device = "cpu"
-dtype = "float32"
-threads = 1
-kv_memory = "450KiB"
-kv_block_tokens = 8
-context_len = 320
+SETTINGS = (
+    TINY_REPLICA
+    + """
 running_max = 12
 step_tokens = 64
-check_invariants_steps = 1
 [slo.chat]
 ttft_p99_ms = 200
 tpot_p99_ms = 20
@@ -56,6 +50,7 @@ weight = 2
 [tenants.zeta]
 weight = 0.5
 """
+)
 
 
 def settings_of(preset: str, folder: Path) -> Settings:

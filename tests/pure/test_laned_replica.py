@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from penstock.core.errors import ConfigError
+from penstock.core.errors import ConfigError, TraceError
 from penstock.core.events import Finished, Preempted
 from penstock.core.request import Request
 from penstock.core.settings import PolicySettings, Settings
 from penstock.core.step import StepResult
+from penstock.policies.context import ServiceTerms
 from penstock.policies.lanes import Batch, Lane, Shares
 from penstock.policies.stack import make_stack
+from penstock.replica.journal import header
 from penstock.replica.laned import LanedReplica, LaneStep
 from penstock.replica.limits import ReplicaLimits
 from penstock.twin.costs.phase_sweep import points, sweep
@@ -20,6 +24,7 @@ from penstock.twin.costs.roofline import RooflineCostModel
 from penstock.twin.costs.shares import SharedDevice
 from penstock.twin.costs.tables import fit_steps
 from penstock.twin.costs.work import StepWork
+from penstock.twin.exact import replay_journal
 from penstock.twin.laned import make_twin
 from penstock.twin.replica import PathCosts
 
@@ -250,3 +255,16 @@ def test_a_fitted_model_is_taken_apart_without_a_rest() -> None:
     decode, prompt = works[-1], StepWork([(256, 256)], 0, 0, 1)
     lost = [device.seconds(device.load(work, 0.6)) / model.seconds(work) for work in (decode, prompt)]
     assert 1.0 <= lost[0] < lost[1] < 1.7
+
+
+@pytest.mark.parametrize("lanes", ["static", "none"])
+@pytest.mark.parametrize("lane", ["both", 7, [], {}])
+def test_a_journal_with_a_lane_that_is_none_is_refused_by_line_and_field(
+    lanes: str, lane: object, tmp_path: Path
+) -> None:
+    first = header(ReplicaLimits(64, 4, 8, 64, 512), PolicySettings(lanes=lanes), ServiceTerms())
+    row = {"call": "plan", "lane": lane, "at_s": 0.0, "plan": None}
+    path = tmp_path / "journal.jsonl"
+    path.write_text(f"{json.dumps(first)}\n{json.dumps(row)}\n")
+    with pytest.raises(TraceError, match="line 2, field `lane`"):
+        replay_journal(path)

@@ -170,7 +170,8 @@ class _Twin:
         name = row.get("lane")
         if not self._has_lanes and name is None:
             return None
-        if not self._has_lanes or name not in {lane.value for lane in Lane}:
+        known = [lane.value for lane in Lane] if self._has_lanes else []
+        if name not in known:  # a list, since what a damaged file holds may not be hashable
             raise self._lines.error("lane", f"{shown(name)} is no lane of this stack", _DAMAGED)
         return Lane(name)
 
